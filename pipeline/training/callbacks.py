@@ -43,6 +43,7 @@ class InterruptCallback(TrainerCallback):
     def _receive(self, number: int, frame: FrameType | None) -> None:
         leave_closed_terminal()
         if self._first_signal:
+            # A different signal that comes at once is the launcher's, for the same Ctrl-C.
             is_repeated = number == self._first_signal or time.monotonic() > self._time + SAME_SIGNAL_SECONDS
             if is_repeated and number != getattr(signal, "SIGHUP", None):
                 self.restore()
@@ -125,7 +126,7 @@ class FiguresCallback(TrainerCallback):
             entry.update(metrics)
 
     def _speed(self, args: Any, state: Any) -> dict[str, float]:
-        """Return speed and time left, from what happened since the last log; nothing if that was no step."""
+        """Return speed and time left, measured since the last log; {} if there was no step since then."""
         now = (time.perf_counter(), state.global_step, float(state.num_input_tokens_seen))
         seconds, steps, tokens = (present - last for present, last in zip(now, self.last, strict=True))
         if steps <= 0 or seconds <= 0:
@@ -133,14 +134,18 @@ class FiguresCallback(TrainerCallback):
         self.last = now
         metrics: dict[str, float] = {"eta_seconds": round(seconds / steps * (state.max_steps - state.global_step))}
         if tokens > 0:
-            dtype = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+            dtype = "fp32"
+            if args.bf16:
+                dtype = "bf16"
+            elif args.fp16:
+                dtype = "fp16"
             peak = hardware.matmul_peak(dtype) * args.world_size
             metrics["tokens_per_second"] = round(tokens / seconds)
             metrics["mfu"] = round(tokens / seconds * self.flops_per_token / peak, 3)
         return metrics
 
     def _routes(self, args: Any) -> dict[str, float]:
-        """Return the load of each expert and the entropy of each router since the last log; nothing without experts."""
+        """Return the load of each expert and the entropy of each router since the last log; {} without experts."""
         counter = self.counter
         if not counter.routers:
             return {}

@@ -69,7 +69,7 @@ def write_manifest(checkpoint: Path, step: int, evaluation_due: bool, seconds: f
     Args:
         checkpoint: The folder, with all other files.
         step: The step that it was saved after.
-        evaluation_due: Whether the evaluation of that step comes after the checkpoint.
+        evaluation_due: Whether this step is also evaluated, which happens after the checkpoint is written.
         seconds: For how long the run has trained so far, also before it was resumed.
     """
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != STATE]
@@ -140,10 +140,15 @@ def replace_state(checkpoint: Path, state: TrainerState) -> None:
 
 
 def _checksums(files: Mapping[Path, bool]) -> dict[Path, dict[str, str]]:
-    """Compute each file's checksum, on all cores: of its whole content if True (`sha256`), otherwise of its blocks."""
+    """Compute the checksum of each file, on all cores.
+
+    Args:
+        files: For each file, whether the checksum is of its whole content (`sha256`), or of the checksums of its blocks
+            (`sha256_of_blocks`).
+    """
     checksums = {}
     with ThreadPoolExecutor(hardware.cores()) as pool:
-        # All files begin before the first one is waited for.
+        # Start hashing all files before waiting for the first checksum.
         hashing = {}
         for path, is_whole in files.items():
             if is_whole:

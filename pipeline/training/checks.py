@@ -83,7 +83,10 @@ def _check_targets(model_args: ModelConfig, model: PreTrainedModel) -> list[Prob
                 remedy = f"includes the routers, which LoRA cannot adapt; name projections: {projections}"
                 problems.append(Problem(field, "all-linear", remedy))
         elif not isinstance(targets, str):
-            missing = [end for end in targets if not any(name == end or name.endswith(f".{end}") for name in names)]
+            missing = []
+            for target in targets:
+                if not any(f".{name}".endswith(f".{target}") for name in names):
+                    missing.append(target)
             if missing:
                 remedy = f"the model does not have such modules; choose from: {projections}, or all-linear"
                 problems.append(Problem(field, ", ".join(missing), remedy))
@@ -159,14 +162,16 @@ def total_steps(trainer: Trainer) -> int:
 
 
 def disk_bytes(trained: int, args: TrainingArguments) -> tuple[int, int]:
-    """Return the maximum number of checkpoints on the disk, and the bytes of these and of the model.
+    """Return the maximum number of checkpoints on the disk, and the bytes of these checkpoints and of the final model.
 
-    Each of the `trained` weights takes 4 bytes, and the two numbers that the optimizer keeps for it take 8.
+    Args:
+        trained: Number of trained weights. Each takes 4 bytes, and the two numbers that AdamW keeps for it take 8.
+        args: The training arguments, which say how often checkpoints are saved, and how many stay.
     """
     if args.save_strategy == "no":
         checkpoints = 0
     elif args.save_total_limit:
-        # The next checkpoint is written before the oldest is deleted.
+        # One more, because the next checkpoint is written before the oldest is deleted.
         checkpoints = args.save_total_limit + 1
     elif args.max_steps > 0 and args.save_steps >= 1:
         # Without a limit, all stay.
@@ -192,7 +197,7 @@ def check_disk(trained: int, args: TrainingArguments) -> list[Problem]:
 def preflight(args: TrainingArguments, early: bool = False) -> list[Problem]:
     """Try what the training arguments ask for: schedule, optimizer, sampling, the Hub.
 
-    If it is `early`, before other steps run, a vLLM server does not have to exist yet.
+    `early` says that other steps run first, so that a vLLM server does not have to exist yet.
     """
     problems = _try_schedule(args) + _try_optimizer(args)
     if samples_completions(args):
@@ -203,15 +208,17 @@ def preflight(args: TrainingArguments, early: bool = False) -> list[Problem]:
 def _try_schedule(args: TrainingArguments) -> list[Problem]:
     """Build the schedule for an optimizer of one number, and read its learning rate at about fifty steps."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
-    kind, options = args.lr_scheduler_type, args.lr_scheduler_kwargs or {}
+    kind = args.lr_scheduler_type
+    options = args.lr_scheduler_kwargs or {}
     steps = max(args.max_steps, 10)
     try:
         schedule = get_scheduler(
             kind, optimizer, args.get_warmup_steps(steps), steps, scheduler_specific_kwargs=options
         )
+        # The learning rate at some steps, as a share of the peak.
         shares = []
-        for share in getattr(schedule, "lr_lambdas", []):
-            shares += [share(step) for step in range(0, steps, 1 + steps // 50)]
+        for share_at in getattr(schedule, "lr_lambdas", []):
+            shares += [share_at(step) for step in range(0, steps, 1 + steps // 50)]
     except LIBRARY_ERRORS as error:
         if options:
             return [Problem("lr_scheduler_kwargs", options, str(error))]

@@ -18,10 +18,12 @@ from pipeline.errors import UserError, exit_on_user_error
 def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
     """Parse the dataclasses in the signature of `main` from the command line, and call it with them.
 
-    All problems with the arguments are reported together, and then, by `main`, all problems with their inputs; or the
-    command that makes an input, if an earlier step of the recipe has not run yet.
+    All problems with the arguments are reported together. If an earlier step of the recipe has not run yet, the command
+    that makes the missing input is reported. Problems with the inputs are reported by `main`.
 
-    `argv` is without the program's name, by default `sys.argv`; `--help` prints its options.
+    Args:
+        main: The recipe. Its parameters are annotated with dataclasses.
+        argv: The command line without the program's name. Default: `sys.argv`. `--help` prints the options.
     """
     if argv is None:
         search_here_last()
@@ -29,7 +31,9 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
     help_flags = set(FLAGS).intersection(words)
     if help_flags:
         module = f"recipes.{Path(sys.argv[0]).stem}"
-        print(describe_options(argument_types(main), module, everything=not help_flags <= {"-h", "--help"}))
+        # Any other flag asks for all options.
+        everything = not help_flags <= {"-h", "--help"}
+        print(describe_options(argument_types(main), module, everything=everything))
         return
     # Importing torch and transformers takes seconds, too long for `--help`.
     from pipeline.config.parser import parse
@@ -55,13 +59,13 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
         if "triton" not in sys.modules:
             gc.freeze()
         output = Path(values.get("output_dir", ".")).absolute()
-        new = [folder for folder in (output, *output.parents) if not folder.exists()]
+        new_folders = [folder for folder in (output, *output.parents) if not folder.exists()]
         try:
             with stop_as_one():
                 main(*arguments)
         except UserError:
             # A trainer's constructor may have created the directory of a rejected run. It is removed if it is empty.
-            for folder in new:
+            for folder in new_folders:
                 with contextlib.suppress(OSError):
                     folder.rmdir()
             raise

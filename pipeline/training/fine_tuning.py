@@ -35,7 +35,8 @@ class SFTTrainer(Reliable, trl.SFTTrainer):
 
         FlashAttention, and layers other than attention, such as convolutions, need TRL's flattened rows.
         """
-        args, config = self.args, self.model.config
+        args = self.args
+        config = self.model.config
         if not args.packing or args.packing_strategy == "wrapped" or args.pad_to_multiple_of:
             return False
         if "flash" in (config._attn_implementation or ""):
@@ -59,8 +60,9 @@ class RewardTrainer(Reliable, trl.RewardTrainer):
         _, head = find_head(self.model)
         with head.register_forward_hook(lambda module, arguments, output: scores.append(output)):
             loss, outputs = super().compute_loss(model, inputs, True, **kwargs)
-        texts = (inputs["input_ids"], inputs["attention_mask"], inputs.get("margin", 0.0))
-        loss = loss + self.token_loss_coef * token_loss(scores[0].squeeze(-1), *texts)
+        margin = inputs.get("margin", 0.0)
+        loss_of_tokens = token_loss(scores[0].squeeze(-1), inputs["input_ids"], inputs["attention_mask"], margin)
+        loss = loss + self.token_loss_coef * loss_of_tokens
         return (loss, outputs) if return_outputs else loss
 
 
@@ -90,7 +92,8 @@ class WithReference(Reliable):
         super().__init__(model, args=args, **kwargs)
         choose_attention(self.model, attn_implementation)
         if self.ref_model is not None:
-            # Before the first step, policy and reference must be equal to the bit.
+            # Another attention rounds differently, but policy and reference must be equal to the bit before the first
+            # step.
             self.ref_model.set_attn_implementation(self.model.config.get_text_config()._attn_implementation)
 
 

@@ -16,7 +16,7 @@ from pipeline.models.patches import replace_method
 
 
 def compute_in_float32(head: nn.Module) -> None:
-    """Make a head multiply in float32, even under autocast: in bfloat16, scores and logits have 8 bits."""
+    """Make a head multiply in float32, even under autocast, because bfloat16 leaves scores and logits only 8 bits."""
     head.float()
     # TRL's forward method casts the inputs, which autocast undoes.
     head.__dict__.pop("forward", None)
@@ -55,11 +55,14 @@ def convert_frozen(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def share_frozen_weights(policy: nn.Module, models: Sequence[nn.Module]) -> None:
-    """Make weights of other models share storage with equal frozen weights of the policy, wherever they come from."""
-    of_policy = _frozen(policy)
+    """Make frozen weights of other models share storage with frozen weights of the policy that have equal values.
+
+    It does not matter how the models were loaded: weights are compared by name, dtype and value.
+    """
+    policy_weights = _frozen(policy)
     for model in models:
         for name, weight in _frozen(model).items():
-            shared = of_policy.get(name)
+            shared = policy_weights.get(name)
             if shared is not None and shared.dtype == weight.dtype and torch.equal(shared, weight):
                 weight.data = shared.data
 
@@ -84,10 +87,14 @@ def plain_name(name: str) -> str:
 
 @contextmanager
 def unrounded(model: PeftModel, merge: bool = False) -> Iterator[None]:
-    """Restore the frozen weights after a block in which the adapter is merged into them: for vLLM or, by `merge`, here.
+    """Restore the frozen weights to the bit after a block in which the adapter is merged into them.
 
-    Unmerging rounds them, by up to 0.4% each time in 16 bits, and other models may share them. Only layers with an
-    adapter are merged, and copied to CPU memory.
+    Unmerging alone would round them, by up to 0.4% each time in 16 bits, and other models may share them. Only layers
+    with an adapter are merged, so only these are copied, to CPU memory.
+
+    Args:
+        model: The model with the adapter.
+        merge: Whether to merge and unmerge the adapter here. Otherwise, TRL does both within the block, for vLLM.
     """
     # Adapters of several parameters of one layer wrap each other, so a weight may be seen several times.
     copies: dict[nn.Parameter, torch.Tensor] = {}

@@ -151,12 +151,12 @@ class _Inputs:
             tokens = None
         seed = _data_seed(self.training_args)
         evaluates = self.training_args.eval_strategy != "no"
-        kind: Kind = "tokens" if self._shards() else self.kind
+        kind: Kind = "tokens" if self._shard_folders() else self.kind
         with once_per_node(self.training_args), collect(self.problems):
             self.splits = load_splits(self.data_args, kind, evaluates, tokens, seed)
 
-    def _shards(self) -> list[Path]:
-        """Return the data sets whose documents are tokens already."""
+    def _shard_folders(self) -> list[Path]:
+        """Return the folders of the data sets whose documents are already tokens."""
         if self.kind != "text":
             return []
         return [path for path in map(Path, self.data_args.dataset_names) if is_shards(path)]
@@ -169,7 +169,7 @@ class _Inputs:
                 self.tokenizer, self.tokenizer_field, str(self.tokenizer_name), chat=self.kind != "text"
             )
             if not faults:
-                for folder in self._shards():
+                for folder in self._shard_folders():
                     faults += check_tokenizers(folder, self.tokenizer)
             self.problems += faults
             if faults:
@@ -184,7 +184,7 @@ class _Inputs:
             faults = self.reward_args.preflight(self.training_args, self.tokenizer, train)
             self.problems += faults
             if faults:
-                # Its tools cannot be used either.
+                # `fit` would start the tools of these arguments.
                 self.reward_args = None
 
     def fit(self) -> None:
@@ -253,9 +253,12 @@ def _fit_rows(
     named_by: tuple[str, str | None],
     tool_args: ToolArguments | None,
 ) -> tuple[Split, Split | None]:
-    """Drop prompts that leave no room for an answer, and pairs that are too long for DPO and KTO; check the first rows.
+    """Drop the rows that are too long, and check the first rows; what that means depends on the kind of the data.
 
-    For KTO, each answer of a pair becomes a row.
+    - "prompt": Drop prompts that leave no room for an answer.
+    - "preference", "unpaired": Drop pairs and answers that are too long for DPO and KTO. For KTO, each answer of a pair
+      becomes a row.
+    - "conversation", "text": Only check the first rows.
 
     Args:
         args: The training arguments.
@@ -331,6 +334,7 @@ def _tokens_of_tools(
     if toolbox is None:
         return 0
     plain_prompts: list[Any] = []
+    # The prompts with what an environment writes when it starts, such as the state of a game.
     opened_prompts: list[Any] = []
     with user_code(tool_args.environment or "", "environment"):
         for row in split.take(CHECKED_ROWS_OF_STREAM):
@@ -338,11 +342,11 @@ def _tokens_of_tools(
             opened_prompts.append(toolbox.open(row)[0])
     plain = {"add_generation_prompt": True, **template}
     with_tools = plain | toolbox.template(tokenizer)
-    added = [
-        _count_tokens(tokenizer, opened, **with_tools) - _count_tokens(tokenizer, prompt, **plain)
-        for opened, prompt in zip(opened_prompts, plain_prompts, strict=True)
-    ]
-    return max(added)
+    additional_tokens = []
+    for prompt, opened in zip(plain_prompts, opened_prompts, strict=True):
+        size = _count_tokens(tokenizer, opened, **with_tools)
+        additional_tokens.append(size - _count_tokens(tokenizer, prompt, **plain))
+    return max(additional_tokens)
 
 
 def _check_documents(split: Split, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -370,7 +374,10 @@ def _check_conversations(split: Split, tokenizer: PreTrainedTokenizerBase, max_l
 
 
 def _check_calls(split: Split, first_rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether any row calls tools. Raise a `ValueError` if the chat template cannot write calls."""
+    """Return whether any row calls tools (of a stream, any of `first_rows`).
+
+    Raise a `ValueError` if one does, and the chat template cannot write calls.
+    """
     calls = has_calls(split if isinstance(split, Dataset) else first_rows)
     if calls and not supports_tool_calling(tokenizer):
         raise ValueError("it omits tool calls or their results; chat_template_path may name another")
@@ -504,7 +511,8 @@ def check_weights(
     Args:
         config: The configuration of the model, which is changed if a reward model is made of it.
         reward_args: As for `load_inputs`, or None.
-        early: Whether the model does not exist yet: then there are no weights to check, and the disk may change.
+        early: Whether an earlier step still has to make the model. Then there are no weights to check, and free disk
+            space is checked later, because it may change.
     """
     name = str(model_args.model_name_or_path)
     is_reward_model = isinstance(args, RewardConfig)
@@ -533,9 +541,10 @@ def check_weights(
     if early:
         return problems
     size = model.num_parameters()
-    # Adapters are smaller, depending on their rank and targets.
+    # A rough share for adapters, whose size depends on their rank and targets.
     trained = round(0.05 * size) if model_args.use_peft else size
     if reward_args is not None and reward_args.trains_critic:
-        # The critic is trained in full unless it is an adapter, too.
-        trained += trained if reward_args.value_use_peft else size
+        # The critic is trained in full unless it is an adapter, too. Without `use_peft`, `trained` is the full size.
+        critic_size = trained if reward_args.value_use_peft else size
+        trained += critic_size
     return problems + checks.check_disk(trained, args)

@@ -36,15 +36,18 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """`Muon` and torch's `AdamW` as one optimizer, with a common `step`, list of parameter groups and state."""
 
     def __init__(self, muon: Muon, adamw: torch.optim.AdamW) -> None:
-        self._muon, self._adamw = muon, adamw
+        self._muon = muon
+        self._adamw = adamw
         # Some schedules read the learning rate from the defaults.
         super().__init__([*muon.param_groups, *adamw.param_groups], defaults={"lr": adamw.defaults["lr"]})
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Take one step with both optimizers."""
-        # Loading a checkpoint replaces groups and state, so both optimizers get the current ones.
-        for part, groups in ((self._muon, self.param_groups[:1]), (self._adamw, self.param_groups[1:])):
-            part.param_groups, part.state = groups, self.state
+        # Loading a checkpoint replaces groups and state, so both optimizers get the current ones. Muon has one group.
+        self._muon.param_groups = self.param_groups[:1]
+        self._adamw.param_groups = self.param_groups[1:]
+        for part in (self._muon, self._adamw):
+            part.state = self.state
             part.step()
 
 
@@ -88,7 +91,9 @@ def _parameters_by_kind(model: torch.nn.Module) -> tuple[list[Any], list[Any], l
     for module in model.modules():
         if isinstance(module, Llama4TextExperts):
             stacks.update(id(parameter) for parameter in module.parameters())
-    matrices, embeddings, vectors = [], [], []
+    matrices: list[Any] = []
+    embeddings: list[Any] = []
+    vectors: list[Any] = []
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
@@ -107,4 +112,5 @@ def optimizer_cls_and_kwargs(
     """Return the argument of this name for a `Trainer`; None selects the optimizer that `args.optim` names."""
     if not optimizer_args.use_muon and optimizer_args.embedding_learning_rate is None:
         return None
+    # `Trainer` calls a factory without arguments, and what that returns with the model and these arguments.
     return (lambda: build_optimizer), {"args": args, "optimizer_args": optimizer_args}

@@ -45,7 +45,8 @@ class PretrainConfig(TrainingArguments):
 def adapt_to_machine(args: PretrainConfig, model: PreTrainedModel, train_dataset: object) -> None:
     """Choose the attention of a model, and `args.torch_compile` unless the user has set it; log the reasons.
 
-    Compiling pays off in a long run only, so the size of the model and of `train_dataset` decide.
+    Compiling takes a minute or more, and so pays off only in a long run: the sizes of the model and of `train_dataset`
+    decide.
     """
     choose_attention(model, args.attn_implementation)
     # Compiling the whole model would take longer, and be done again, because attention blocks differ between batches.
@@ -57,8 +58,8 @@ def adapt_to_machine(args: PretrainConfig, model: PreTrainedModel, train_dataset
     sequences = args.train_batch_size * args.gradient_accumulation_steps * args.max_steps
     if args.max_steps <= 0 and isinstance(train_dataset, Sized):
         sequences = int(len(train_dataset) * args.num_train_epochs / args.world_size)
-    # Compiling takes a minute or more.
-    choice = hardware.compilation(training_flops_per_token(model, args.block_size) * args.block_size * sequences)
+    flops_per_sequence = training_flops_per_token(model, args.block_size) * args.block_size
+    choice = hardware.compilation(flops_per_sequence * sequences)
     args.torch_compile = choice.value
     args.torch_compile_backend = "inductor" if choice.value else None
     logger.info("torch.compile: %s (%s)", choice.value, choice.reason)
@@ -113,14 +114,15 @@ class PretrainTrainer(Reliable):
         # One tensor of router logits per layer with experts.
         inputs = {**inputs, "output_router_logits": True}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        balance, size = self.router_losses
+        balance_weight, z_weight = self.router_losses
         rows = len(inputs["input_ids"])
-        added: Any = 0
+        router_loss: Any = 0
         for router, logits in zip(self._routers, outputs.router_logits, strict=True):
             # The router z-loss (Zoph et al. 2022, "ST-MoE", eq. 5) keeps logits small.
             z_loss = logits.float().logsumexp(-1).square().mean()
-            added = added + (balance * balancing_loss(router, logits, rows) + size * z_loss)
-        loss = loss + added / len(self._routers) / self.current_gradient_accumulation_steps
+            balance_loss = balancing_loss(router, logits, rows)
+            router_loss = router_loss + (balance_weight * balance_loss + z_weight * z_loss)
+        loss = loss + router_loss / len(self._routers) / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
 
@@ -152,7 +154,7 @@ def bits_per_byte(tokenizer: PreTrainedTokenizerBase, prediction: EvalPrediction
         tokenizer: The model's tokenizer, which makes text of the labels.
         prediction: Its predictions are `sequence_losses`, in nats.
     """
-    # The first token of a row is never predicted.
+    # The model predicts the next token, so no row's first token.
     predicted = [row[row != IGNORED] for row in np.asarray(prediction.label_ids)[:, 1:]]
     texts = tokenizer.batch_decode(predicted, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     size = sum(len(text.encode()) for text in texts)

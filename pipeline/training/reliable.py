@@ -105,11 +105,12 @@ class Reliable(Trainer):
             self.state.num_input_tokens_seen += int(reduce(counted.to(self.args.device), "sum"))
             self._uncounted_tokens = 0
         both_due = control.should_save and control.should_evaluate
-        # These schedules follow the evaluations, whose effect on them a checkpoint must contain.
-        follows = self.args.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
-        if not both_due or follows or self.args.save_strategy == SaveStrategy.BEST:
+        # Evaluations change the state of these schedules, and the checkpoint must contain the changed state.
+        follows_evaluations = self.args.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+        if not both_due or follows_evaluations or self.args.save_strategy == SaveStrategy.BEST:
             super()._maybe_log_save_evaluate(*args, **kwargs)
             return
+        # First only log and save, then only evaluate.
         control.should_evaluate = False
         self._evaluation_due = True
         super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -125,7 +126,8 @@ class Reliable(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint below `.unfinished`, and rename it once it is complete; stop the run if that fails."""
-        args, state = self.args, self.state
+        args = self.args
+        state = self.state
         unfinished = Path(args.output_dir) / folders.UNFINISHED
         written = checkpoint_folder(unfinished, state.global_step)
         self._written_to = unfinished
@@ -179,9 +181,10 @@ class Reliable(Trainer):
         unfinished = Path(output_dir) / folders.UNFINISHED
         protected = {newest.name, Path(self.state.best_model_checkpoint or newest).name}
         checkpoints = folders.checkpoints(output_dir)
-        number = max(0, len(checkpoints) - max(limit, len(protected)))
+        # The protected ones stay even if there are more of them than `limit`.
+        surplus = len(checkpoints) - max(limit, len(protected))
         deletable = [path for path in checkpoints if path.name not in protected]
-        for oldest in deletable[:number]:
+        for oldest in deletable[: max(0, surplus)]:
             # Renamed first, so that a kill does not leave a partial checkpoint.
             shutil.rmtree(unfinished, ignore_errors=True)
             shutil.rmtree(oldest.rename(unfinished), ignore_errors=True)
@@ -218,7 +221,7 @@ class Reliable(Trainer):
             return False
         self._load_from_checkpoint(str(checkpoint))
         self.state = state
-        # The state is that of the first process, which wrote it.
+        # The first process wrote the state, so these fields are true of that process.
         ranks = {
             "is_local_process_zero": self.is_local_process_zero(),
             "is_world_process_zero": self.is_world_process_zero(),
@@ -303,13 +306,15 @@ class Reliable(Trainer):
         if checkpoint is None:
             return
         self._resumed_from = None
-        state, schedule, groups = self.state, self.lr_scheduler, self.optimizer.param_groups
+        state = self.state
+        schedule = self.lr_scheduler
+        groups = self.optimizer.param_groups
         earlier_total = TrainerState.load_from_json(str(checkpoint / STATE)).max_steps
         state.compute_steps(self.args, state.max_steps)
         if state.max_steps == earlier_total:
             return
         earlier_rate = groups[0]["lr"]
-        # These are all schedules except those that follow evaluations.
+        # All schedules are of this class, except those that follow evaluations.
         if isinstance(schedule, LambdaLR):
             for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
                 group["lr"] = base * factor(schedule.last_epoch)
@@ -347,7 +352,8 @@ class Reliable(Trainer):
     def get_train_dataloader(self) -> Any:
         """Drop the rows of each epoch that do not fill a whole batch, unless that would leave none."""
         # Accelerate would repeat rows to give every process a batch, and two processes would not train as one does.
-        args, dataset = self.args, self.train_dataset
+        args = self.args
+        dataset = self.train_dataset
         if not isinstance(dataset, Sized) or len(dataset) < args.train_batch_size * args.world_size:
             return super().get_train_dataloader()
         # If it were set permanently, it would also drop rows from evaluations.
@@ -365,7 +371,7 @@ class Reliable(Trainer):
         batch = self.args.train_batch_size * self.args.world_size
         step = batch * self.args.gradient_accumulation_steps
         if type(sampler) is RandomSampler and batch < step <= len(sampler):
-            # It draws the same order, and ends earlier.
+            # This sampler draws the same order of all rows, but ends earlier.
             sampler = RandomSampler(sampler.data_source, num_samples=len(sampler) // step * step)
         return sampler
 

@@ -28,10 +28,15 @@ class TokenLossArguments:
 def token_loss(scores: Tensor, input_ids: Tensor, attention_mask: Tensor, margin: Tensor | float = 0.0) -> Tensor:
     """Return -log sigmoid(mean chosen score - mean rejected score - margin), averaged over pairs.
 
-    All but `margin` are (2 B, T): the chosen texts, then the rejected ones, padded on the right. The means begin at the
-    first token that differs between the two texts of a pair.
+    The means are over the tokens of a text from the first one that differs between the two texts of its pair.
+
+    Args:
+        scores: The score at each token, (2 B, T): B chosen texts, then the B rejected ones, padded on the right.
+        input_ids: The tokens, (2 B, T).
+        attention_mask: 0 for padding, (2 B, T).
+        margin: By how much the chosen text of each pair should be better, (B,), or a number for all pairs.
     """
-    # Padding is different from every token, so that a text differs from its own beginning.
+    # If one text is the beginning of the other, they differ where its padding begins: -1 is not a token.
     chosen, rejected = input_ids.masked_fill(attention_mask == 0, -1).chunk(2)
     # True from the first token that differs, for both texts.
     differs = ((chosen != rejected).cumsum(1) > 0).repeat(2, 1) & attention_mask.bool()

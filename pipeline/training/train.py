@@ -60,13 +60,18 @@ def train_and_save(trainer: Reliable) -> None:
         UserError: If another run writes to the output directory, or the checkpoint to resume from does not fit.
     """
     launch.check_active(trainer)
-    args, name = trainer.args, trainer.args.resume_from_checkpoint
-    downloaded: list[Path] = []
+    args = trainer.args
+    name = args.resume_from_checkpoint
+    # The checkpoints that the user has named: the one to train from, and possibly the best one so far.
     named: list[Path] = []
-    if name:
+    downloaded: list[Path] = []
+    if name and os.path.isdir(name):
+        named = [Path(name)]
+    elif name:
         # A name that is not a folder is a checkpoint on the Hub, which is downloaded with the best one so far.
-        downloaded = [] if os.path.isdir(name) else fetch_checkpoints(name, "resume_from_checkpoint")
-        named = downloaded or [Path(name)]
+        downloaded = fetch_checkpoints(name, "resume_from_checkpoint")
+        named = downloaded
+    if named:
         _check_named(trainer, named)
     is_first = trainer.is_world_process_zero()
     with files.lock(Path(args.output_dir) / ".lock") if is_first else contextlib.nullcontext():
@@ -74,7 +79,9 @@ def train_and_save(trainer: Reliable) -> None:
             output_directory.record_arguments(args)
         copies = [_copy_checkpoint(folder, trainer) for folder in downloaded]
         trainer.accelerator.wait_for_everyone()
-        _train_and_save(trainer, next(iter(copies or named), None))
+        # The first checkpoint is the one to train from.
+        start = next(iter(copies or named), None)
+        _train_and_save(trainer, start)
 
 
 def _check_named(trainer: Reliable, named: Sequence[Path]) -> None:
@@ -91,7 +98,8 @@ def _check_named(trainer: Reliable, named: Sequence[Path]) -> None:
             name = trainer.args.resume_from_checkpoint
             raise UserError(Problem("resume_from_checkpoint", name, f"is damaged: {damage}"))
     check_architecture(named[0], trainer.model.config)
-    steps, total = _step_of(named[0]), total_steps(trainer)
+    steps = _step_of(named[0])
+    total = total_steps(trainer)
     if steps > total:
         remedy = f"the checkpoint already has {steps} steps; raise it, or resume from an earlier checkpoint"
         raise UserError(Problem("max_steps", total, remedy))
@@ -132,12 +140,13 @@ def check_architecture(checkpoint: Path, config: Any) -> None:
         "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "vocab_size", "num_labels",
     )  # fmt: skip
-    # The checkpoints of adapters do not contain a model configuration.
-    saved, present = files.read_json(checkpoint / "config.json"), config.to_dict()
+    # {} for an adapter, whose checkpoints do not contain a configuration of the model.
+    saved_config = files.read_json(checkpoint / "config.json")
+    present_config = config.to_dict()
     changes = []
     for name in sizes:
-        if name in saved and name in present and saved[name] != present[name]:
-            changes.append(f"{name} {saved[name]} instead of {present[name]}")
+        if name in saved_config and name in present_config and saved_config[name] != present_config[name]:
+            changes.append(f"{name} {saved_config[name]} instead of {present_config[name]}")
     if changes:
         remedy = f"has a different architecture ({', '.join(changes)}); choose another checkpoint or output_dir"
         raise UserError(Problem("resume_from_checkpoint", checkpoint, remedy))
@@ -210,7 +219,7 @@ def _end(trainer: Reliable) -> None:
 
 
 def _train(trainer: Reliable, checkpoint: Path | None) -> None:
-    """Train, and turn what only fails then into errors that say what to do."""
+    """Train, and turn errors that only show during training into messages that say what to do."""
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyError as error:
@@ -253,7 +262,8 @@ def _name_base(trainer: Reliable) -> None:
 
 def save_final(trainer: Reliable) -> None:
     """Save the trained model, its tokenizer and its card in the output directory, next to the checkpoints."""
-    args, output_dir = trainer.args, Path(trainer.args.output_dir)
+    args = trainer.args
+    output_dir = Path(args.output_dir)
     tmp_dir = output_dir / folders.UNFINISHED
     try:
         # A kill may have left parts of an old checkpoint.
@@ -281,7 +291,7 @@ def save_final(trainer: Reliable) -> None:
 
 
 def _trained(trainer: Reliable) -> Trained:
-    """Return what the recipe knows for the model's card. `fourstage push` writes a more detailed one."""
+    """Return what the recipe can say in the model's card. `fourstage push` writes a more detailed card."""
     args = trainer.args
     settings: dict[str, Any] = {}
     options: list[str] = []
