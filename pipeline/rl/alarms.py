@@ -62,7 +62,7 @@ class CollapseAlarms(TrainerCallback):
     checked: bool
 
     def __post_init__(self) -> None:
-        # The number of bad entries in a row for an alarm.
+        # How many entries in a row have to be bad for an alarm.
         self._patience = MIN_ENTRIES
         # The first entropy and length that were logged.
         self._start: dict[str, float] = {}
@@ -108,9 +108,9 @@ class CollapseAlarms(TrainerCallback):
         state.log_history.append({f"alarm/{name}": value, "step": state.global_step})
         logger.warning("%-11s %s at step %d: %.3g %s", "alarm", name, state.global_step, value, ADVICE[name])
 
-    def _read(self, logged: Mapping[str, Any]) -> dict[str, float]:
+    def _read(self, logs: Mapping[str, Any]) -> dict[str, float]:
         """Process a log entry, and return the values of the alarms that it raises, by name."""
-        entry = {name: value for name, value in logged.items() if value is not None}
+        entry = {name: value for name, value in logs.items() if value is not None}
         raised = {}
         for name, (value, is_bad) in self._judge(entry).items():
             values = self._values.setdefault(name, [])
@@ -127,27 +127,31 @@ class CollapseAlarms(TrainerCallback):
         self._lowest = min(self._lowest, entry.get("reward", math.inf))
         self._highest = max(self._highest, entry.get("reward_max", -math.inf))
         # A mean reward that is nearly as high as the highest single one is success, not collapse.
-        way = self._highest - self._lowest
-        has_mastered = self.checked and way > 0 and self._reward >= self._lowest + MASTERY * way
+        reward_range = self._highest - self._lowest
+        is_near_best = self._reward >= self._lowest + MASTERY * reward_range
+        has_mastered = self.checked and reward_range > 0 and is_near_best
         values: dict[str, tuple[float, bool]] = {}
         length = entry.get("completions/mean_length")
         if length is not None:
-            limit = max(LENGTH_SHARE * self._start.setdefault("length", length), MIN_LENGTH)
+            first_length = self._start.setdefault("length", length)
+            limit = max(LENGTH_SHARE * first_length, MIN_LENGTH)
             values["length_near_zero"] = (length, length <= limit)
             cut_off = entry["completions/clipped_ratio"]
             values["length_at_limit"] = (cut_off, cut_off >= MAX_CUT_OFF)
         entropy = entry.get("entropy")
         if entropy is not None:
-            limit = max(ENTROPY_SHARE * self._start.setdefault("entropy", entropy), MIN_ENTROPY)
+            first_entropy = self._start.setdefault("entropy", entropy)
+            limit = max(ENTROPY_SHARE * first_entropy, MIN_ENTROPY)
             values["entropy"] = (entropy, entropy <= limit and not has_mastered)
         deviation = entry.get("reward_std")
         if deviation is not None:
             self._deviation = max(self._deviation, deviation)
             is_flat = deviation <= SPREAD_SHARE * self._deviation
             values["reward_spread"] = (deviation, is_flat and not has_mastered)
-        useless = entry.get("frac_reward_zero_std")
-        if useless is not None:
-            values["uninformative_groups"] = (useless, 1 - useless <= MIN_INFORMATIVE and not has_mastered)
+        uninformative = entry.get("frac_reward_zero_std")
+        if uninformative is not None:
+            informative = 1 - uninformative
+            values["uninformative_groups"] = (uninformative, informative <= MIN_INFORMATIVE and not has_mastered)
         # PPO logs the KL of a completion, GRPO that of a token.
         kl = entry.get("kl")
         if length and "objective/kl" in entry:

@@ -55,7 +55,11 @@ class Critic:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def step(self, share: float) -> float:
-        """Take a step, with a `share` of the peak learning rate. Return the gradient norm before clipping."""
+        """Take a step, and return the gradient norm before clipping.
+
+        Args:
+            share: The learning rate, as a share of its peak.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * share
         # The loss scale of fp16 is updated after the policy's step, which comes next.
@@ -77,9 +81,15 @@ class Critic:
         (folder / VALUE_MODEL_FOLDER / "README.md").unlink(missing_ok=True)
 
     def load(self, folder: Path) -> None:
-        """Load the model. Raise a `ValueError` if it is missing, a `UserError` if only one of the two is an adapter."""
+        """Load the model that `save` has written to a folder.
+
+        Raises:
+            ValueError: If there is none.
+            UserError: If the saved model is an adapter and this one is not, or the other way round.
+        """
         path = folder / VALUE_MODEL_FOLDER
-        model, policy = self.bare, self.policy
+        model = self.bare
+        policy = self.policy
         if not path.is_dir():
             raise ValueError(f"{folder} does not contain {VALUE_MODEL_FOLDER}/: PPOTrainer did not save it")
         is_adapter = (path / "adapter_config.json").is_file()
@@ -110,7 +120,7 @@ class CriticOptimizer:
             torch.save({"optimizer": self.critic.optimizer.state_dict()}, folder / STATE)
 
     def load(self, folder: Path) -> None:
-        """Load the state, if there is one. Raise a `UserError` if only the policy's is there."""
+        """Load the state, if there is one. Raise a `UserError` if the folder only has the policy's optimizer state."""
         if (folder / STATE).is_file():
             state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
             self.critic.optimizer.load_state_dict(state["optimizer"])

@@ -98,8 +98,8 @@ def _can_merge(model: nn.Module) -> bool:
         return False
     if getattr(base, "is_quantized", False):
         return False
-    ends = (base.get_input_embeddings(), base.get_output_embeddings())
-    return not any(isinstance(layer, BaseTunerLayer) for layer in ends)
+    embeddings = (base.get_input_embeddings(), base.get_output_embeddings())
+    return not any(isinstance(layer, BaseTunerLayer) for layer in embeddings)
 
 
 class GRPOTrainer(Reliable, TRLGRPOTrainer):
@@ -198,8 +198,8 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
                 rewards.append(guard_reward(function, name))
         self.reward_funcs: list[Any] = rewards
         # Rewards with weight 0 are only measured.
-        paying = [reward for reward, weight in zip(rewards, self.reward_weights.tolist(), strict=True) if weight]
-        has_model = any(isinstance(reward, RewardModel) for reward in paying)
+        weighted = [reward for reward, weight in zip(rewards, self.reward_weights.tolist(), strict=True) if weight]
+        has_model = any(isinstance(reward, RewardModel) for reward in weighted)
         self.add_callback(CollapseAlarms(checked=not has_model))
 
     # ---- The rollout
@@ -228,17 +228,19 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         config = self._sampling_config(model)
         if config is None:
-            is_merged = self.use_vllm and isinstance(self.model, PeftModel) and self._is_plain
-            # vLLM gets the policy's weights, with the adapter merged into them, once in each step.
-            is_loaded = is_merged and self.state.global_step != self._last_loaded_step
-            with self.accelerator.autocast(), unrounded(self.model) if is_loaded else nullcontext():
+            # Once in each step, TRL merges an adapter to pass the policy's weights on to vLLM.
+            uses_adapter = self.use_vllm and isinstance(self.model, PeftModel) and self._is_plain
+            will_merge = uses_adapter and self.state.global_step != self._last_loaded_step
+            with self.accelerator.autocast(), unrounded(self.model) if will_merge else nullcontext():
                 return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
+        # The maximum lengths, by which prompts are grouped into batches that fit into memory.
         lengths = [len(prompt) + config.max_new_tokens for prompt in prompt_ids]
         completions: dict[int, list[int]] = {}
         training = model.training
         model.eval()
-        # Trained modules are in float32, frozen ones may be in bf16. One context for all tokens casts weights once.
+        # Trained modules are in float32, frozen ones may be in bf16. A single autocast context casts the weights once
+        # for all tokens.
         with (
             unrounded(self.model, merge=True) if self._merges else nullcontext(),
             self.accelerator.autocast(),
@@ -288,13 +290,13 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             dialogue.add_turn(list(completion_ids[number]), first_logps, completions[number][0])
             dialogues.append(dialogue)
         # With sharded weights or vLLM, all processes sample together, so none may sample more turns than another.
-        at_once = self.use_vllm or not self._is_plain
+        sample_together = self.use_vllm or not self._is_plain
         reduce = self.accelerator.reduce
         device = self.accelerator.device
 
         def goes_on(has_turns: bool) -> bool:
-            """Return whether to sample another turn: if this process has dialogues that go on, or any process has."""
-            if not at_once:
+            """Return whether to sample another turn. `has_turns`: whether this process has dialogues that go on."""
+            if not sample_together:
                 return has_turns
             return bool(reduce(torch.tensor(int(has_turns), device=device)))
 
@@ -309,7 +311,8 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             template={**self.chat_template_kwargs, "chat_template": self.chat_template},
             goes_on=goes_on,
         )
-        turns = tokens = 0
+        turns = 0
+        tokens = 0
         for dialogue in dialogues:
             turns += sum(message["role"] == "assistant" for message in dialogue.messages)
             tokens += sum(dialogue.sampled)
@@ -395,7 +398,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         The entropy and the clipped shares that are logged are then those of the completions that are learned from.
         """
         advantages = inputs["advantages"]
-        # Then, other completions have a gradient as well.
+        # With any of these, a completion without an advantage has a gradient as well.
         learns_from_all = (
             self._is_vlm
             or self.beta
@@ -410,9 +413,11 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             is_learned = (advantages != 0) & has_tokens
             # All processes keep the same number of rows. One that learns from fewer fills up, first with completions
             # that have tokens, so that no mean over tokens is empty.
-            number = max(1, int(self.accelerator.gather(is_learned.sum()).max()))
-            rank = 2 * is_learned.int() + has_tokens.int()
-            rows = rank.argsort(descending=True, stable=True)[:number]
+            numbers = self.accelerator.gather(is_learned.sum())
+            number = max(1, int(numbers.max()))
+            # 3 for a completion that is learned from, 1 for another one with tokens, 0 for one without.
+            priority = 2 * is_learned.int() + has_tokens.int()
+            rows = priority.argsort(descending=True, stable=True)[:number]
             selected = {}
             for name, value in inputs.items():
                 is_by_row = isinstance(value, Tensor) and value.dim() > 0
@@ -437,9 +442,13 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             self._log_averages()
         prefix = kwargs.get("metric_key_prefix", "eval")
         for name, values in self._metrics["eval"].items():
-            # A mean over the whole evaluation is one value, and reward functions that log metrics may skip batches.
-            rows = self._evaluated if len(values) == len(self._evaluated) else [1] * len(values)
-            total, count = 0.0, 0
+            # A metric with a value for each batch is weighted by the completions of the batch. Metrics of the whole
+            # evaluation have a single value, and those that reward functions log may skip batches.
+            rows = [1] * len(values)
+            if len(values) == len(self._evaluated):
+                rows = self._evaluated
+            total = 0.0
+            count = 0
             for value, number in zip(values, rows, strict=True):
                 if not math.isnan(value):
                     total += value * number
@@ -463,7 +472,9 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             # It may fail on a single process, and only the first process reports a `UserError`.
             step = self.state.global_step + 1
             raise RunStopped(f"{error}, and start again (in step {step}; {self.last_good()}).") from error
-        rewards[rewards[:, self.reward_weights != 0].isnan().all(dim=1)] = torch.nan
+        # TRL would take a completion with only rewards of weight 0 as one that scores 0.
+        is_unscored = rewards[:, self.reward_weights != 0].isnan().all(dim=1)
+        rewards[is_unscored] = torch.nan
         self.all_rewards = rewards
         return rewards
 

@@ -166,7 +166,7 @@ class PPOTrainer(GRPOTrainer):
         # Tokens of completions without a score are excluded, so that the loss is an average over the others.
         if not scores.scored.all():
             mask = batch["tool_mask"] = mask * scores.scored.unsqueeze(1).int()
-        # TRL's number includes them.
+        # TRL has counted the tokens of all completions.
         batch["num_items_in_batch"] = self._sum_over_processes(mask.sum())
 
         batch |= self.compute_log_probs(batch)
@@ -185,7 +185,7 @@ class PPOTrainer(GRPOTrainer):
         """
         args = self.args
         _, _, mask = _texts(batch)
-        # Rewards (completions, functions) are of all processes, because scores are normalised over all of them.
+        # `all_rewards`, (completions, rewards), are of all processes, because their scores are normalised together.
         all_scores = (self.all_rewards * self.reward_weights.to(mask.device)).nansum(dim=1)
         all_scored = ~self.all_rewards.isnan().all(dim=1) & self.accelerator.gather(mask.any(dim=1))
         is_running = args.reward_normalization == "running"
@@ -232,13 +232,15 @@ class PPOTrainer(GRPOTrainer):
         Everything that shows or measures rewards reads them from here: the metrics, and the page of `fourstage app`.
         """
         _, _, mask = _texts(batch)
-        logps, ref_logps = batch["old_per_token_logps"], batch.get("ref_per_token_logps")
+        logps = batch["old_per_token_logps"]
+        ref_logps = batch.get("ref_per_token_logps")
         kl = None
         penalty = torch.zeros_like(logps)
         if ref_logps is not None:
             kl = ppo_math.kl_estimate(logps, ref_logps, "k1") * mask
             penalty = self.args.kl_coef * kl
-        return ppo_math.Rewards(scores, kl, penalty, ppo_math.token_rewards(scores.total, penalty, mask))
+        tokens = ppo_math.token_rewards(scores.total, penalty, mask)
+        return ppo_math.Rewards(scores, kl, penalty, tokens)
 
     @torch.no_grad()
     def estimate_advantages(self, batch: Batch, rewards: ppo_math.Rewards) -> Batch:
@@ -267,10 +269,12 @@ class PPOTrainer(GRPOTrainer):
     def _log_rollout(self, batch: Batch, rewards: ppo_math.Rewards) -> None:
         """Add a rollout to the metrics, and its advantages, before whitening, to TRL's table of completions."""
         _, _, mask = _texts(batch)
-        logps, ref_logps = batch["old_per_token_logps"], batch.get("ref_per_token_logps")
+        logps = batch["old_per_token_logps"]
+        ref_logps = batch.get("ref_per_token_logps")
         self._averages.add(rewards.scores.scored, ppo_metrics.of_completions(rewards, logps, ref_logps, mask))
         self._averages.add(mask, ppo_metrics.of_estimates(batch["returns"], batch["old_values"]))
-        # The table, which has at most one rollout, shows the mean advantage over each completion's tokens.
+        # TRL has added its own advantages to the table, which has at most one rollout. Replace them by the mean over
+        # each completion's tokens.
         means = (batch["advantages"] * mask).sum(1) / mask.sum(1).clamp(min=1)
         advantages = self.accelerator.gather(means).tolist()
         for _ in advantages[: len(self._logs["advantages"])]:
@@ -284,7 +288,8 @@ class PPOTrainer(GRPOTrainer):
         # `Trainer`'s method makes the optimizer of a trainer's own model, so it is called on a shallow copy of this
         # trainer, which has the critic's model and learning rate.
         twin = copy.copy(self)
-        twin.args, twin.optimizer = copy.copy(self.args), self.critic.optimizer
+        twin.args = copy.copy(self.args)
+        twin.optimizer = self.critic.optimizer
         if self.args.value_learning_rate is not None:
             twin.args.learning_rate = self.args.value_learning_rate
         self.critic.optimizer = GRPOTrainer.create_optimizer(twin, self.critic.bare)
@@ -320,16 +325,17 @@ class PPOTrainer(GRPOTrainer):
         trains_policy = self.state.global_step >= self.args.value_warmup_steps
         ids, attention_mask, mask = _texts(inputs)
         values = self._values(ids, attention_mask, mask.shape[1])
-        old_values, returns = inputs["old_values"], inputs["returns"]
-        value_losses, clipped = ppo_math.clipped_value_loss(values, old_values, returns, self.args.cliprange_value)
-        # TRL divides the policy's loss by the same (loss_type="dapo"): by the mean number of tokens of an optimizer
-        # step, per process.
+        value_losses, clipped = ppo_math.clipped_value_loss(
+            values, inputs["old_values"], inputs["returns"], self.args.cliprange_value
+        )
+        # As TRL does for the policy (loss_type="dapo"), divide by the mean number of tokens of an optimizer step, per
+        # process.
         divisor = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         if self.model.training:
             divisor = divisor * self.current_gradient_accumulation_steps / self.args.steps_per_generation
         value_loss = self.args.vf_coef * ((value_losses * mask).sum() / divisor)
         if self.model.training and trains_policy:
-            # Immediately, so that only one network has activations in memory at a time.
+            # Backpropagate now, so that only one network has activations in memory at a time.
             self.accelerator.backward(value_loss)
             value_loss = value_loss.detach()
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains_policy):
@@ -353,7 +359,7 @@ class PPOTrainer(GRPOTrainer):
 
 
 def _texts(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ids and attention mask (B, P + T) of whole texts, and the mask (B, T) of `ppo_math`."""
+    """Return ids and attention mask (B, P + T) of prompts with completions, and the mask (B, T) of `ppo_math`."""
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
     return ids, attention_mask, batch["completion_mask"] * batch.get("tool_mask", 1)

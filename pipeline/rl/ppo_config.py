@@ -73,16 +73,17 @@ class PPOConfig(GRPOConfig):
         # Choose precision and device for this machine unless they are set, as the recipes do.
         if self.use_cpu and hardware.accelerator() is not None:
             hardware.keep_to_cpu()
-        is_precision_open = self.bf16 is None and not self.fp16
+        is_precision_unset = self.bf16 is None and not self.fp16
         for name, choice in hardware.training_defaults().items():
             if name in ("bf16", "fp16"):
-                is_open = is_precision_open
+                is_unset = is_precision_unset
             else:
-                is_open = name in ("use_cpu", "ddp_backend") and not getattr(self, name)
-            if is_open:
+                is_unset = name in ("use_cpu", "ddp_backend") and not getattr(self, name)
+            if is_unset:
                 setattr(self, name, choice.value)
         self.epsilon = self.cliprange
-        numbers = self.num_generations, self.num_generations_eval
+        num_generations = self.num_generations
+        num_generations_eval = self.num_generations_eval
         if self.num_generations == 1:
             # TRL's check demands two or more to compare, and PPO compares none. A group of all rows passes that check.
             self.num_generations = rows
@@ -90,13 +91,14 @@ class PPOConfig(GRPOConfig):
         try:
             super().__post_init__()
         finally:
-            self.num_generations, self.num_generations_eval = numbers
+            self.num_generations = num_generations
+            self.num_generations_eval = num_generations_eval
 
     def _rows(self) -> int:
         """Return the number of completions in a rollout of all processes."""
         if self.generation_batch_size:
             return self.generation_batch_size
-        # There is no process group yet. Before a launch, `config.parser.check_values` sets the number to come.
+        # There is no process group yet. Before a launch, `config.parser.check_values` sets the number of processes.
         processes = vars(type(self)).get("world_size", int(os.environ.get("WORLD_SIZE", "1")))
         micro_batches = self.steps_per_generation or self.gradient_accumulation_steps
         return self.per_device_train_batch_size * micro_batches * processes
@@ -106,17 +108,18 @@ class PPOConfig(GRPOConfig):
 
         `rows` is the number of completions in a rollout.
         """
-        # This class alone has a choice of values, and ranges, for these fields.
-        of_ppo = {item.name: item for item in fields(self) if item.name in PPOConfig.__annotations__}
-        values = {name: getattr(self, name) for name in of_ppo}
+        # The fields that this class defines. Others are checked by TRL and transformers.
+        ppo_fields = {item.name: item for item in fields(self) if item.name in PPOConfig.__annotations__}
+        values = {name: getattr(self, name) for name in ppo_fields}
         problems = check_ranges(values) + check_unused(vars(self), PPOConfig, UNUSED)
-        for name, item in of_ppo.items():
+        for name, item in ppo_fields.items():
             choices = item.metadata.get("choices")
             if choices and values[name] not in choices:
                 problems.append(Problem(name, values[name], f"must be {' or '.join(choices)}"))
         if self.trust_remote_code:
             remedy = "load the policy yourself, and pass it with a value_model and a tokenizer"
             problems.append(Problem("trust_remote_code", True, f"code from the Hub is never run here: {remedy}"))
+        # A configuration that is made from another one has `cliprange` here.
         if vars(self)["epsilon"] not in (GRPOConfig.epsilon, self.cliprange):
             problems.append(Problem("epsilon", self.epsilon, "must be unset: set cliprange"))
         if self.num_generations == 1 and rows == 1:

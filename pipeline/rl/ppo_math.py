@@ -106,7 +106,9 @@ def ended(ids: Tensor, mask: Tensor, eos_token_ids: list[int]) -> Tensor:
 
 def _is_last(mask: Tensor) -> Tensor:
     """Return True for the last unmasked token of each completion."""
-    return (mask > 0) & (mask.flip(1).cumsum(1).flip(1) == 1)
+    # mask 1 1 0 1 0  ->  remaining 3 2 1 1 0: from each token to the end, the number of unmasked ones.
+    remaining = mask.flip(1).cumsum(1).flip(1)
+    return (mask > 0) & (remaining == 1)
 
 
 def generalized_advantages(
@@ -126,7 +128,8 @@ def generalized_advantages(
     # If t is masked, nothing is written, and t + 1 remains the next unmasked token.
     real = mask > 0
     advantages = torch.zeros_like(values)
-    next_value = next_advantage = torch.zeros_like(values[:, 0])
+    next_value = torch.zeros_like(values[:, 0])
+    next_advantage = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantage = delta + gamma * lam * next_advantage
@@ -137,10 +140,10 @@ def generalized_advantages(
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange: float) -> tuple[Tensor, Tensor]:
-    """Compute half the squared error of the critic at each token, pessimistic about steps beyond the clip range.
+    """Compute half the squared error of the critic at each token, with or without clipping, whichever is larger.
 
-    An estimate may move by `cliprange`, in units of the reward, from the estimate at sampling time. Return the loss,
-    and a boolean tensor: where clipping removed the gradient.
+    Clipping keeps an estimate within `cliprange`, in units of the reward, of the estimate at sampling time. Return the
+    loss, and a boolean tensor: where clipping removed the gradient.
     """
     # `old_values + (values - old_values).clamp(...)` would round values within the range.
     clipped_values = values.clamp(old_values - cliprange, old_values + cliprange)
@@ -163,7 +166,8 @@ class Moments:
             return
         # Not every accelerator has float64.
         x = x.cpu().double()
-        count, mean = float(x.numel()), float(x.mean())
+        count = float(x.numel())
+        mean = float(x.mean())
         m2 = float((x - mean).square().sum())
         total = self.count + count
         delta = mean - self.mean
@@ -172,5 +176,10 @@ class Moments:
         self.count = total
 
     def normalize(self, x: Tensor, eps: float = 1e-8) -> Tensor:
-        """Subtract the mean from `x` and divide by the (population) standard deviation, if at least two were seen."""
-        return x if self.count < 2 else (x - self.mean) / (self.m2 / self.count + eps) ** 0.5
+        """Subtract the mean from `x` and divide by the (population) standard deviation.
+
+        With fewer than two scores, there is no deviation, and `x` is returned as it is.
+        """
+        if self.count < 2:
+            return x
+        return (x - self.mean) / (self.m2 / self.count + eps) ** 0.5

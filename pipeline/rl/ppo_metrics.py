@@ -27,7 +27,7 @@ class Averages:
     _sums: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, weights: Tensor, values: Mapping[str, Tensor]) -> None:
-        """Add values by name, each with the shape of `weights`, which are 1 for what counts and 0 otherwise."""
+        """Add values by name, each with the shape of `weights`: 1 for values that count, and 0 for others."""
         weights = _exact(weights)
         for name, value in values.items():
             sums = torch.stack([(_exact(value) * weights).sum(), weights.sum()])
@@ -46,11 +46,13 @@ class Averages:
             else:
                 metrics[name] = total / count if count else math.nan
         if RETURN in metrics:
-            mean, square, error = (metrics.pop(name) for name in (RETURN, SQUARE, ERROR))
-            metrics["val/explained_variance"] = 1 - error / max(square - mean**2, 1e-8)
+            mean = metrics.pop(RETURN)
+            variance = metrics.pop(SQUARE) - mean**2
+            metrics["val/explained_variance"] = 1 - metrics.pop(ERROR) / max(variance, 1e-8)
         if "val/ratio" in metrics:
-            # Not below 0, where rounding may take it if all ratios are equal.
-            metrics["val/ratio_var"] = max(metrics["val/ratio_var"] - (metrics["val/ratio"] - 1) ** 2, 0.0)
+            # `val/ratio_var` is so far the mean of the squared distance to 1. Rounding may make the variance negative.
+            variance = metrics["val/ratio_var"] - (metrics["val/ratio"] - 1) ** 2
+            metrics["val/ratio_var"] = max(variance, 0.0)
         return metrics
 
 
@@ -87,7 +89,8 @@ def of_estimates(returns: Tensor, values: Tensor) -> dict[str, Tensor]:
 
     For `val/explained_variance`: 1 for a critic that predicted every return, 0 for one that only knows their mean.
     """
-    returns, values = _exact(returns), _exact(values)
+    returns = _exact(returns)
+    values = _exact(values)
     return {RETURN: returns, SQUARE: returns.square(), ERROR: (returns - values).square()}
 
 

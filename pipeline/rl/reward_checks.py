@@ -56,7 +56,7 @@ def check_rewards(
                 problems.append(Problem("reward_funcs", name, "is named twice; raise its weight instead"))
             weight = 1.0
             if weights is not None:
-                # With a wrong number of weights, it is not known whose they are.
+                # A wrong number of weights was reported above. They cannot be assigned to functions.
                 weight = weights[len(models) + index] if len(weights) == number else 0.0
             if built_in_name(inspect.unwrap(function)) in MEASURED_ONLY and weight != 0:
                 remedy = f"{name} is only for measuring and must not be trained on; give it the weight 0"
@@ -86,9 +86,9 @@ def _check_columns(name: str, function: Callable[..., Any], train: Split) -> lis
 
 
 def _try_on_first_row(function: Callable[..., Any], train: Split) -> None:
-    """Call a reward function on two completions of the first prompt, to find failures before training.
+    """Call a reward function on two completions of the first prompt, as TRL does, with each column as a list.
 
-    A function that `load_rewards` returned raises a `UserError` if it fails. TRL passes each column as a list.
+    `load_rewards` has wrapped the function so that it raises a `UserError` if it fails.
     """
     row = next(iter(train))
     arguments: dict[str, Any] = {column: [value] * 2 for column, value in row.items() if column != "prompt"}

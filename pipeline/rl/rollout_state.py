@@ -48,7 +48,7 @@ class Rollout:
     def save(self, folder: Path) -> None:
         """Write the rest of the rollout or, if only the model is saved, what evaluations need."""
         trainer = self.trainer
-        # After the last step of a rollout, the next step samples again. The model alone is never trained further.
+        # After the last step of a rollout, the next step samples again. A checkpoint of only the model is not resumed.
         steps_of_rollout = trainer.args.steps_per_generation * trainer.num_iterations
         in_use = not trainer.args.save_only_model and trainer._step % steps_of_rollout != 0
         batches = []
@@ -75,7 +75,8 @@ class Rollout:
         first = folder / ROLLOUT.format(0)
         if not first.is_file():
             return
-        # The first process's file decides for all: if only some sampled again, they would wait for each other forever.
+        # The file of the first process decides for all processes, which have to sample again together or not at all:
+        # otherwise they would wait for each other forever.
         state = read_state(first)
         batches: dict[str, dict[str, Tensor]] = {}
         if state["layout"] == self.layout:
@@ -86,6 +87,7 @@ class Rollout:
                 batches.setdefault(number, {})[name] = tensor.to(trainer.accelerator.device)
         else:
             logger.warning("%s: its rollout is sampled again, because it was split by %s", folder, state["layout"])
+            # TRL counts micro-batches.
             state["step"] = trainer.state.global_step * trainer.args.gradient_accumulation_steps
         micro_batches = [batches[number] for number in sorted(batches, key=int)]
         # None lets TRL sample at the next step.

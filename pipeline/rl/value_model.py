@@ -72,7 +72,7 @@ def build_value_model(
         policy = policy.get_base_model()
     dtype = next((weight.dtype for weight in policy.parameters() if weight.requires_grad), policy.dtype)
     # A reward that is only measured says nothing about the score.
-    rewards = [(reward, words, weight) for reward, words, weight in rewards if weight]
+    rewards = [(reward, reward_tokenizer, weight) for reward, reward_tokenizer, weight in rewards if weight]
     source: Any = value_model
     if isinstance(value_model, str):
         source = _load(value_model, policy, dtype)
@@ -80,7 +80,7 @@ def build_value_model(
         source = _readable_reward_model(rewards, policy, tokenizer) or policy
 
     if type(source.config) is not type(policy.config) and not hasattr(source, "peft_config"):
-        # It lacks the modules that the policy's adapter targets, so it is trained in full.
+        # A model of another kind lacks the modules that the policy's adapter targets, so it is trained in full.
         adapter = None
     is_reward_model = type(source).__name__.endswith("ForSequenceClassification")
     is_critic = not is_reward_model and source.get_output_embeddings() is None
@@ -92,14 +92,14 @@ def build_value_model(
         convert_frozen(critic, policy.dtype)
         share_frozen_weights(policy, [critic])
     elif is_critic and (source is value_model or not hasattr(source, "peft_config")):
-        # It is trained itself, whether it was passed or loaded. An adapter that was loaded is copied.
+        # A critic is trained itself, whether it was passed or loaded. Only an adapter that was loaded is copied.
         critic = source
     else:
         critic = value_model_from(source).to(dtype)
     if is_reward_model:
         # The head only fits if the score is the reward that it predicts, times its weight.
-        is_score = len(rewards) == 1 and args.reward_normalization == "none" and _is_copy(source, rewards[0][0])
-        _scale_head(critic, rewards[0][2] if is_score else 0.0)
+        predicts_score = len(rewards) == 1 and args.reward_normalization == "none" and _is_copy(source, rewards[0][0])
+        _scale_head(critic, rewards[0][2] if predicts_score else 0.0)
     critic.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if args.disable_dropout:
         disable_dropout_in_model(critic)
@@ -132,8 +132,10 @@ def _readable_reward_model(
     """
     vocabulary = tokenizer.get_vocab()
     size = len(policy.get_input_embeddings().weight)
-    for model, words, _ in rewards:
-        if not isinstance(model, nn.Module) or words is None or words.get_vocab() != vocabulary:
+    for model, reward_tokenizer, _ in rewards:
+        if not isinstance(model, nn.Module) or reward_tokenizer is None:
+            continue
+        if reward_tokenizer.get_vocab() != vocabulary:
             continue
         if len(model.get_input_embeddings().weight) >= size:
             return model
@@ -149,12 +151,13 @@ def _scale_head(critic: PreTrainedModel | PeftModel, factor: float) -> None:
 
 
 def _is_copy(source: PreTrainedModel, reward: Any) -> bool:
-    """Return whether a reward is a model with the weights of `source`, from any folder and in any dtype."""
+    """Return whether a reward is a model with the weights of `source`, whatever folder and dtype they come in."""
     if source is reward:
         return True
     if not isinstance(reward, nn.Module):
         return False
-    source_weights, reward_weights = _used_weights(source), _used_weights(reward)
+    source_weights = _used_weights(source)
+    reward_weights = _used_weights(reward)
     if source_weights.keys() != reward_weights.keys():
         return False
     for name, weight in source_weights.items():
@@ -210,14 +213,14 @@ def _untrained_critic(config: PreTrainedConfig) -> PreTrainedModel:
 def _weights_for(critic: PreTrainedModel, source: PreTrainedModel) -> dict[str, Tensor]:
     """Return the weights of `source` under a critic's names, with zeros for a head that `source` lacks."""
     head, _ = find_head(critic)
-    of_critic = critic.state_dict()
+    critic_weights = critic.state_dict()
     weights = {}
     for name, weight in source.state_dict().items():
         weights[_renamed(plain_name(name), head)] = weight
-    for name in of_critic.keys() - weights.keys():
+    for name in critic_weights.keys() - weights.keys():
         if name.startswith(f"{head}."):
-            weights[name] = torch.zeros(of_critic[name].shape, device=source.device)
-    return {name: weight for name, weight in weights.items() if name in of_critic}
+            weights[name] = torch.zeros(critic_weights[name].shape, device=source.device)
+    return {name: weight for name, weight in weights.items() if name in critic_weights}
 
 
 def adapter_value_model(source: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
@@ -261,9 +264,10 @@ def adapter_value_model(source: PreTrainedModel, peft_config: PeftConfig) -> Pef
         adapted = get_peft_model(critic, adapter, adapter_name=name)
     trained = {name: weight for name, weight in critic.named_parameters() if weight.requires_grad}
     for name, weight in source.named_parameters():
-        copied = trained.get(_renamed(name, head))
-        if copied is not None:
-            copied.data.copy_(weight)
+        # If `source` has an adapter, the critic starts with its weights.
+        trained_weight = trained.get(_renamed(name, head))
+        if trained_weight is not None:
+            trained_weight.data.copy_(weight)
     if hasattr(source, MERGED):
         setattr(critic, MERGED, getattr(source, MERGED))
     compute_in_float32(find_head(critic)[1])
@@ -277,5 +281,6 @@ def _has_module(model: nn.Module, end: str) -> bool:
 
 def _renamed(name: str, head: str) -> str:
     """Return the name of a classifier's weight in a classifier whose head is named `head`."""
-    owner, _, rest = name.partition(".")
-    return f"{head}.{rest}" if owner in HEAD_NAMES else name
+    # score.weight -> classifier.weight
+    module, _, rest = name.partition(".")
+    return f"{head}.{rest}" if module in HEAD_NAMES else name
