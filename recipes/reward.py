@@ -55,12 +55,14 @@ def main(
         callbacks=run_callbacks(training_args),
     )
     trainer.token_loss_coef = loss_args.token_loss_coef
-    requested, on_cpu = model_args.attn_implementation, training_args.device.type == "cpu"
+    requested = model_args.attn_implementation
+    on_cpu = training_args.device.type == "cpu"
     if requested or not on_cpu:
         choose_attention(trainer.model, requested)
     if on_cpu:
         # Without a limit, texts may be long.
-        share_beginnings(trainer.model, short=not requested and 0 < (training_args.max_length or 0) <= 512)
+        is_short = 0 < (training_args.max_length or 0) <= 512
+        share_beginnings(trainer.model, short=is_short and not requested)
     train_and_save(trainer)
 
 

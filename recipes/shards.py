@@ -29,7 +29,8 @@ def main(data_args: DataArguments, args: ShardArguments) -> None:
     from pipeline.models.checks import check_tokenizer
     from pipeline.models.loading import load_tokenizer
 
-    name, field = data_args.tokenizer_name_or_path, "tokenizer_name_or_path"
+    name = data_args.tokenizer_name_or_path
+    field = "tokenizer_name_or_path"
     tokenizer = load_tokenizer(name, field)
     refuse(*check_tokenizer(tokenizer, field, str(name), chat=False))
     write_shards(tokenizer, data_args, args)

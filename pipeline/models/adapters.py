@@ -22,9 +22,9 @@ MERGED = "merged_adapter"
 def starting_model(model_args: ModelConfig, training_args: TrainingArguments) -> str | PreTrainedModel:
     """Return what a trainer of TRL starts from: the name of a model, or an adapter merged into its base model.
 
-    For a name, this sets the `model_init_kwargs` of `training_args`, with which TRL loads the model. An adapter is
-    loaded with the same options. A model in a dtype that the machine emulates is loaded in float32, unless
-    `model_args` name a dtype.
+    TRL loads a model by its name with the `model_init_kwargs` of `training_args`, which this function sets. An adapter
+    is loaded here, with the same options. Unless `model_args` name a dtype, a model in a dtype that the machine
+    emulates is loaded in float32.
 
     Raises:
         UserError: If the adapter or its base model cannot be loaded.
@@ -33,8 +33,8 @@ def starting_model(model_args: ModelConfig, training_args: TrainingArguments) ->
     dtype: Any = model_args.dtype
     if dtype in (None, "auto"):
         # Both mean the dtype of the file, which may be bfloat16 even if the configuration does not say so.
-        stored = load_config(name, model_args.model_revision).dtype or torch.bfloat16
-        if hardware.is_emulated(stored):
+        stored_dtype = load_config(name, model_args.model_revision).dtype or torch.bfloat16
+        if hardware.is_emulated(stored_dtype):
             dtype = "float32"
     options = {
         "revision": model_args.model_revision,
@@ -72,7 +72,7 @@ def merge_into_base(name: str, model_class: Any = None, revision: str | None = N
         ValueError: If the merged weights would not be finite.
     """
     config = PeftConfig.from_pretrained(name, revision=revision)
-    # A reward model may start from the adapter of a language model.
+    # PEFT would insist on the task of the adapter, but a reward model may start from the adapter of a language model.
     config.task_type = None
     settings: dict[str, Any] = {
         "device_map": None,

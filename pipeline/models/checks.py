@@ -84,6 +84,8 @@ def check_lengths(positions: int | None, **lengths: int | None) -> list[Problem]
     if positions is None:
         return []
     remedy = f"the model's context is {positions} tokens (max_position_embeddings); lower it"
-    return [
-        Problem(field, length, remedy) for field, length in lengths.items() if length is not None and length > positions
-    ]
+    problems = []
+    for field, length in lengths.items():
+        if length is not None and length > positions:
+            problems.append(Problem(field, length, remedy))
+    return problems

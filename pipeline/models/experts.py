@@ -21,12 +21,13 @@ def routers(model: nn.Module) -> list[Llama4Router]:
 def active_parameters(model: nn.Module) -> int:
     """Return the number of parameters used for a token: all except the experts that it is not routed to."""
     total = _count_parameters(model)
-    # The experts of a token, by the number of experts in its layer.
+    # How many experts a token is routed to, by the number of experts in a layer.
     experts_of_token = {router.num_experts: router.top_k for router in routers(model)}
     for module in model.modules():
         if isinstance(module, Llama4TextExperts):
             size = _count_parameters(module)
-            total -= size - size * experts_of_token[module.num_experts] // module.num_experts
+            active = size * experts_of_token[module.num_experts] // module.num_experts
+            total -= size - active
     return total
 
 
@@ -52,24 +53,26 @@ def training_flops_per_token(model: PreTrainedModel, length: int) -> float:
     layer_types = getattr(config, "layer_types", None) or []
     chunked_layers = layer_types.count("chunked_attention")
     whole_layers = config.num_hidden_layers - chunked_layers
+    # Attended positions, summed over layers.
     attended = whole_layers * length + chunked_layers * min(length, chunk)
     return 6 * weights + 12 * attended * config.num_attention_heads * head_size / 2
 
 
 def assign_experts(router: Llama4Router, logits: Tensor) -> Tensor:
-    """Return 1 where a token goes to an expert and 0 elsewhere, shape (tokens, experts), as are the router's logits."""
+    """Return 1 where a token goes to an expert and 0 elsewhere. The result and `logits` are (tokens, experts)."""
     return torch.zeros_like(logits).scatter_(1, logits.topk(router.top_k, dim=1).indices, 1.0)
 
 
 def balancing_loss(router: Llama4Router, logits: Tensor, rows: int) -> Tensor:
     """Return the load-balancing loss of a layer (Fedus et al. 2021, "Switch Transformers", eq. 4): 1 if balanced.
 
-    It is the mean over `rows` of equal length, because experts balanced over a batch may each take one kind of text.
-    Unlike in transformers' `load_balancing_loss_func`, layers are not pooled: two skewed ones could cancel out.
+    The loss is computed for each row, and averaged: experts that are only balanced over a batch may each take the texts
+    of one kind. Unlike in transformers' `load_balancing_loss_func`, layers are not pooled: two skewed layers could
+    cancel out.
 
     Args:
         logits: The logits of the router, shape (tokens, experts).
-        rows: Number of rows into which the tokens are divided.
+        rows: Number of rows, of equal length, into which the tokens are divided.
     """
     # The share of tokens is a count and has no gradient. The router learns through the mean probability.
     shares = assign_experts(router, logits.detach()).view(rows, -1, router.num_experts).mean(1) / router.top_k

@@ -52,7 +52,7 @@ def encode_prompts(
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the ids that end an answer: the eos tokens of the tokenizer and of generation_config.json.
 
-    Chat models often end a turn with a different token than a document.
+    Chat models often have two such tokens, for the end of a turn and of a document.
     """
     ids = {*as_list(tokenizer.eos_token_id), *as_list(model.generation_config.eos_token_id)}
     return sorted(ids - {None})

@@ -93,7 +93,10 @@ def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     tokenizer = read_untrusted_tokenizer(file)
     header = GgufHeader.from_file(str(file))
     size = file.stat().st_size
-    end = header.data_start + max((tensor.offset + tensor.nbytes for tensor in header.tensors), default=0)
+    # Where the last tensor ends.
+    end = header.data_start
+    for tensor in header.tensors:
+        end = max(end, header.data_start + tensor.offset + tensor.nbytes)
     if end > size:
         raise ValueError(f"it is cut off: {size:,} of at least {end:,} bytes")
 
@@ -102,7 +105,7 @@ def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     tokenizer.model_max_length = config.max_position_embeddings
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-        # Sizes that contradict each other are found without the weights.
+        # A forward pass without weights fails if sizes contradict each other.
         model(torch.zeros(1, 2, dtype=torch.long))
     model.load_state_dict(read_weights(header, model), strict=False, assign=True)
     model.tie_weights()
@@ -111,10 +114,10 @@ def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     if tokenizer.pad_token == tokenizer.eos_token:
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
         model.config.pad_token_id = tokenizer.pad_token_id
-        # The new row is random, but the same each time.
+        # The embedding of the new token is random, but the same each time.
         torch.manual_seed(0)
         model.resize_token_embeddings(max(len(tokenizer), model.config.vocab_size))
-    # Some chat models end a turn and a text with two tokens.
+    # Some chat models end a turn with another token than a text.
     end_tokens = {tokenizer.eos_token_id, metadata.get("tokenizer.ggml.eot_token_id", tokenizer.eos_token_id)}
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
@@ -214,7 +217,8 @@ def read_sizes(kind: str, metadata: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: If a setting is unknown, missing, contradicts another one, or no model can have it.
     """
-    # transformers' names of the settings; three are the same value.
+    # transformers' names of the settings, by llama.cpp's names. Three of llama.cpp's settings are `head_dim`: they have
+    # to agree.
     fields = {**GGUF_CONFIG_MAPPING["llama"], "attention.key_length": "head_dim", "attention.value_length": "head_dim"}
     prefix = f"{kind}."
     settings = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}

@@ -116,7 +116,7 @@ def local_copy(name: str, inner: str | None = None) -> str:
         OSError: If the folder or the repository does not exist, or cannot be downloaded.
     """
     repo_id, revision = split_revision(name)
-    # The Hub would be asked for `runs/pocket`.
+    # Otherwise, the Hub would be asked for a folder such as `runs/pocket` that does not exist yet.
     if is_missing_path(name):
         raise FileNotFoundError("there is no such folder")
     if os.path.exists(name) or (revision is None and inner is None):
@@ -179,10 +179,11 @@ def _load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
         if not path.is_file() or path.stat().st_size < size * MANY_ADDED_TOKENS:
             continue
         content = json.loads(path.read_text(encoding="utf-8"))
-        # The other files add the tokens of any list, and tokenizer.json, whose vocabulary is large, only those of one.
-        count = longest_list(content.get("added_tokens")) if file == "tokenizer.json" else longest_list(content)
-        if count > MANY_ADDED_TOKENS and (fault := exceeded_limit(load)):
-            raise RuntimeError(f"loading its {count:,} added tokens {fault}")
+        # The other files may add the tokens of any list. The other lists of tokenizer.json are vocabulary and merges.
+        lists = content.get("added_tokens") if file == "tokenizer.json" else content
+        added_tokens = longest_list(lists)
+        if added_tokens > MANY_ADDED_TOKENS and (fault := exceeded_limit(load)):
+            raise RuntimeError(f"loading its {added_tokens:,} added tokens {fault}")
     return load()
 
 
@@ -245,7 +246,7 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
     if layers < 1:
         raise ValueError(f"its config.json asks for {layers} layers")
-    # Saving the trained model would do this as well, and fail at the end of the run.
+    # Otherwise, saving the trained model would reject a faulty file at the end of the run.
     if (Path(source) / "generation_config.json").is_file():
         transformers.GenerationConfig.from_pretrained(source).validate(strict=True)
     if adapter and adapter.task_type in ARCHITECTURES:
@@ -279,9 +280,14 @@ def is_reward_model(config: PreTrainedConfig) -> bool:
 
 
 def validate_kind(config: PreTrainedConfig, *, reward: bool) -> str | None:
-    """Report a reward model where a language model is expected, or a `reward` model with several labels.
+    """Check that a model is of the right kind: a reward model has one label, and a language model is no reward model.
 
-    Return the remedy of a `Problem`, or None if the kind is right.
+    Args:
+        config: From `load_config`.
+        reward: Whether a reward model may be used. A language model may always be used.
+
+    Returns:
+        The remedy of a `Problem`, or None if the kind is right.
     """
     if not is_reward_model(config):
         return None
@@ -319,7 +325,8 @@ def validate_layout(name: str, config: PreTrainedConfig, model_class: Any) -> st
             return fault
         model_class = AutoModelForCausalLM
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-    # Compare the files with the class that saved them: a reward model may start from a language model.
+    # Compare the files with the class that saved them, which may be another one than `model_class`: a reward model may
+    # start from a language model.
     saved_by = getattr(transformers, (config.architectures or [""])[0], None) or model_class
     try:
         with torch.device("meta"):
@@ -332,7 +339,7 @@ def validate_layout(name: str, config: PreTrainedConfig, model_class: Any) -> st
         return f"its {config.model_type} model cannot be built ({shorten(str(error), 200)})"
     if base is not None and (fault := exceeded_limit(lambda: _build_adapter(model, name))):
         return f"adding what its adapter_config.json asks for {fault}"
-    # Buffers that are not in the files, such as a mask of positions, are made in loading: a few MB for a 1 GB model.
+    # Loading makes buffers that are not in the files, such as a mask of positions: normally a few MB for a 1 GB model.
     if sum(buffer.nbytes for buffer in model.buffers()) > max(MAX_EXTRA_BYTES, 4 * model.num_parameters()):
         return "its config.json asks for more than 2 GiB in addition to the weights; correct it"
     if not folder.is_dir():
@@ -341,15 +348,17 @@ def validate_layout(name: str, config: PreTrainedConfig, model_class: Any) -> st
 
 
 def _weights_folder(name: str) -> tuple[Path, str | None]:
-    """Return the folder with the weights of a model or of an adapter's base model, and the latter's name or None.
+    """Return the folder with the weights of a model, and None; of an adapter, its base model's folder and name.
 
-    For a model on the Hub, the folder does not exist, and adapters are not told apart.
+    For a model on the Hub, the folder does not exist, and an adapter counts as any other model.
     """
     folder = Path(local_copy(name))
     base = None
     if folder.is_dir():
         base = base_of(str(folder))
-    return (folder, None) if base is None else (Path(base), base)
+    if base is None:
+        return folder, None
+    return Path(base), base
 
 
 def _build_adapter(model: PreTrainedModel, name: str) -> None:
@@ -375,7 +384,7 @@ def _validate_stored_numbers(name: str) -> str | None:
 
 
 def _name_base(fault: str | None, base: str | None) -> str | None:
-    """Say that what is wrong is wrong with an adapter's base model, unless `base` or the fault is None."""
+    """Return a fault with the name of the base model that has it; the fault as it is if `base` is None."""
     if fault and base:
         return f"its base model {base}: {fault}"
     return fault

@@ -40,15 +40,15 @@ def main(args: argparse.Namespace) -> int:
     refuse(check_new_directory(output_dir, "--output_dir"))
     tokenizer = loading.load_tokenizer(str(adapter), "adapter")
     with loading.user_error_for("adapter", config["base_model_name_or_path"], "base model"):
-        base = loading.load_config(str(adapter))
+        base_config = loading.load_config(str(adapter))
     # None is the class that saved the base model.
     model_class: Any = None
     if config.get("task_type") == "TOKEN_CLS":
         # PPO's critic is a token classifier, whatever its base model.
         model_class = AutoModelForTokenClassification
-    elif loading.is_reward_model(base):
+    elif loading.is_reward_model(base_config):
         model_class = AutoModelForSequenceClassification
-    fault = loading.validate_layout(str(adapter), base, model_class)
+    fault = loading.validate_layout(str(adapter), base_config, model_class)
     if fault is None:
         # The head of a critic is missing from the base model, and comes from the adapter.
         with loading.user_error_for("adapter", adapter), loading.hide_table_of_weights():

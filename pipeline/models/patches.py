@@ -14,19 +14,30 @@ from transformers import Llama4ForCausalLM, PreTrainedTokenizerBase
 
 
 def replace_method(owner: Any, name: str, function: Callable[..., Any], *, bind: bool = False) -> None:
-    """Make a model, a layer or a class compute with another function. With `bind`, copies get their own.
+    """Replace a method of a model, a layer or a class by another function.
 
-    A subclass of a model would need the weights to be loaded again, a hook cannot keep the original from running, and a
-    wrapper would change the names of its weights. DDP, PEFT and `torch.compile` call whatever `forward` is. llama.cpp's
-    converter chooses its classes itself, so a subclass of them would not be used.
+    The alternatives do not work:
+
+    - With a subclass of a model, the weights would have to be loaded again.
+    - A hook cannot keep the original method from running.
+    - A wrapper would change the names of the weights.
+    - llama.cpp's converter chooses its classes itself, so it would not use a subclass.
+
+    DDP, PEFT and `torch.compile` call the attribute `forward`, whatever it is.
+
+    Args:
+        owner: The model, layer or class.
+        name: Name of the method.
+        function: What is called instead.
+        bind: Whether `function` gets `owner` as its first argument. A deep copy of `owner` then passes itself.
     """
     setattr(owner, name, MethodType(function, owner) if bind else function)
 
 
 def record_rows(dataset: Any) -> deque[list[int]]:
-    """Record the rows of each batch that is fetched from a data set. A collator does not get their numbers.
+    """Record the numbers of the rows of each batch that is fetched from a data set; a collator does not get them.
 
-    Return the queue of their numbers, one list for each batch that is fetched from now on.
+    Return the queue to which each batch appends a list of numbers from now on.
     """
     fetch = dataset.__getitems__
     batches = deque[list[int]]()

@@ -113,7 +113,8 @@ def build_model(args: ScratchArguments, tokenizer: PreTrainedTokenizerBase, seed
     config_class = transformers.CONFIG_MAPPING[args.model_type]
     config_fields = {item.name for item in fields(config_class)}
     special_ids = {name: getattr(tokenizer, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    # Three matrices of this width have as many weights as two of the usual four times the hidden size.
+    # The three matrices of a SwiGLU layer of this width have as many weights as the two of a layer without a gate,
+    # which is usually four times as wide as the hidden size.
     width = args.intermediate_size or 64 * math.ceil(args.hidden_size * 8 / (3 * 64))
     settings: dict[str, Any] = {name: value for name, value in vars(args).items() if name in config_fields}
     settings |= {
@@ -126,13 +127,13 @@ def build_model(args: ScratchArguments, tokenizer: PreTrainedTokenizerBase, seed
         **special_ids,
     }
     if args.model_type == "llama4_text":
-        # A token passes its experts and a shared one.
+        # A token passes the experts that the router chooses, and a shared one.
         experts_of_token = 1 + (args.num_experts_per_tok or 1)
         settings |= {
             "intermediate_size_mlp": args.intermediate_size_mlp or width * experts_of_token,
             # Queries are scaled by position from 8,192 tokens on, ignoring the `position_ids` of packed documents.
             "attn_temperature_tuning": False,
-            # TRL would expect the model to compute a loss for any other coefficient. `training.pretraining` does.
+            # With another coefficient, TRL would expect the model to compute a loss. `training.pretraining` does that.
             "router_aux_loss_coef": 0.0,
         }
     with hardware.unchanged_rng():
@@ -146,7 +147,7 @@ def build_model(args: ScratchArguments, tokenizer: PreTrainedTokenizerBase, seed
 
 def build_empty(args: ScratchArguments, size: int) -> PreTrainedModel:
     """Build the model for a vocabulary of `size` tokens on the meta device, where it needs no memory."""
-    # Building a model only needs a tokenizer's length and, if it has them, its special tokens.
+    # `build_model` only needs the length of a tokenizer, which a range has as well. Special tokens may be missing.
     with torch.device("meta"):
         return build_model(args, cast(Any, range(size)), seed=0)
 

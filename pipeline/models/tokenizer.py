@@ -141,18 +141,20 @@ def pre_tokenizer(algorithm: Algorithm) -> PreTokenizer:
 
 
 def separate_pad_token(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Give a tokenizer a pad token that does not end answers, because a model would take that for padding.
+    """Give a tokenizer a pad token that is not its eos token: a model would take the end of an answer for padding.
+
+    A tokenizer with another pad token does not change. The new pad token is a special token that the chat template does
+    not use. If there is none, the tokenizer pads with eos after all: the trainers here know the lengths of rows.
 
     Args:
-        tokenizer: Changed in place if it has no pad token, or pads with its eos token. The new pad token is a special
-            token that its chat template does not use. If there is none, it pads with eos after all, because the
-            trainers here know the lengths of rows.
+        tokenizer: Changed in place.
         name: Its name, for the log.
     """
-    eos, pad = tokenizer.eos_token, tokenizer.pad_token
+    eos = tokenizer.eos_token
+    pad = tokenizer.pad_token
     if eos is None or pad not in (None, eos):
         return
-    # Everything that contains a token which has a meaning already.
+    # A text with all special tokens that already have a meaning.
     used = f"{eos} {tokenizer.bos_token} {tokenizer.chat_template}"
     turns = [{"role": role, "content": "Hello"} for role in ("user", "assistant")]
     # A template that does not work is reported by `loading.validate_chat`.
@@ -160,7 +162,7 @@ def separate_pad_token(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         used += tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     free = [token for token in special if token not in used]
-    # Prefer a token whose name says that it pads, then the unknown token.
+    # Prefer a token whose name says that it pads, then the unknown token (False is sorted before True).
     free.sort(key=lambda token: ("pad" not in token.lower(), token != tokenizer.unk_token))
     tokenizer.pad_token = free[0] if free else eos
     reason = "it has no pad token" if pad is None else f"{pad} also ends answers"
@@ -225,9 +227,8 @@ _verdicts: dict[bytes, str | None] = {}
 def validate_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Try a tokenizer and its chat template on a few words, within the limits of `files.bounded`.
 
-    Both come with downloaded models, and may double their text sixty times or never end.
-
-    Return which of them exceeds which limit, or None.
+    Both come with downloaded models, and may double their text sixty times or never end. Return a message that says
+    which of them exceeds which limit, or None if none does.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = [getattr(backend, name, None) for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]

@@ -57,8 +57,8 @@ def validate_files(folder: Path, model: Any) -> str | None:
     is_of_class = type(model).__name__ in (model.config.architectures or [])
     if is_of_class and stored.keys() <= expected.keys():
         return validate_complete(expected.keys() - stored.keys() - set(model._tied_weights_keys or ()))
-    # Names may come from a different class or release, so missing weights cannot be recognised by them. Quantized
-    # files pack several weights into one number.
+    # Names of weights may come from a different class or release, so a name that is not in the files says nothing. Only
+    # compare the numbers of weights, and not for quantised files, which pack several weights into one number.
     stored_count = sum(math.prod(shape) for shape in stored.values())
     expected_count = model.num_parameters()
     if stored_count >= expected_count / 2 or hasattr(model.config, "quantization_config"):
@@ -83,7 +83,8 @@ def validate_adapter(folder: Path) -> str | None:
     # A rank is one dimension of a weight, so it cannot be larger than the largest one of all.
     largest_size = 0
     for shape in read_shapes(file).values():
-        largest_size = max([largest_size, *shape])
+        for size in shape:
+            largest_size = max(largest_size, size)
     # Prompt tuning has a number of virtual tokens instead of a rank.
     ranks = [config.get("r"), config.get("num_virtual_tokens"), *(config.get("rank_pattern") or {}).values()]
     for rank in ranks:
@@ -145,7 +146,7 @@ class RenamedWeights:
             stored |= read_shapes(file).keys()
         if stored <= set(model.state_dict()):
             return
-        # Loading draws random weights before it fills them.
+        # `from_pretrained` draws random weights before it loads the stored ones.
         with torch.random.fork_rng(devices=[]):
             saved = type(model).from_pretrained(folder, config=model.config, dtype=model.dtype)
         model.load_state_dict(saved.state_dict())
