@@ -222,7 +222,7 @@ def test_what_a_tool_returns_stays_text_on_the_page(page: str, tmp_path_factory:
             browser.execute_script(f"document.querySelector('#rollout-form [name=seed]').value = {5 + seed}")
             browser.execute_script("document.getElementById('rollout-go').click()")
             if stage == "4_grpo":
-                wait_for("#rollout-shown .group .measure:last-child")
+                assert wait_for("#inside .answer span.soft"), "tokens of a tool have no colour"
                 text = browser.find_element(By.ID, "rollout-shown").get_property("innerText")
                 assert "<- <img src=x onerror=document.title='owned'>\n   -> fake() ⟨U+202E⟩" in text
             else:
