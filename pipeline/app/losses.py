@@ -76,27 +76,47 @@ def explain_term(args: GRPOConfig) -> tuple[str, list[list[str]]]:
     In the formula, r is the ratio, A the advantage, and log p the log-probability. A part is a name, and the rest of a
     sentence that begins with it.
     """
-    high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    low, high = clip_range(args)
     if args.loss_type == "cispo":
-        words = "is only a weight, so that a clipped token is still learned from."
+        words = "is only a weight: a clipped token is pushed, too."
         return f"−min(r, {high:g}) × A × log p", [[f"The ratio, clipped at {high:g},", words]]
     if args.loss_type == "sapo":
         tau = f"is {args.sapo_temperature_pos:g} if A is above 0, and {args.sapo_temperature_neg:g} otherwise."
-        sigma = "is the logistic function. Nothing is clipped: the further r is from 1, the weaker the push."
+        sigma = "is the logistic function. Nothing is clipped, but the push fades where r is far from 1."
         return "−4/τ × σ(τ × (r − 1)) × A", [["τ", tau], ["σ", sigma]]
     if args.loss_type == "vespo":
-        power = f"are {args.vespo_k_pos:g} and {args.vespo_lambda_pos:g} if A is not below 0, and "
-        power += f"{args.vespo_k_neg:g} and {args.vespo_lambda_neg:g} otherwise."
-        product = "is the product of the ratios of all tokens of the completion. Nothing is clipped: the further w is "
-        product += "from 1, the weaker the push."
-        return "−w^k × exp(λ × (1 − w)) × A × log p", [["w", product], ["k and λ", power]]
+        product = (
+            "is the product of the ratios of all tokens of the completion. Nothing is clipped, but the push fades "
+        )
+        product += "where w is far from 1."
+        powers = f"are {args.vespo_k_pos:g} and {args.vespo_lambda_pos:g} if A is not below 0, and "
+        powers += f"{args.vespo_k_neg:g} and {args.vespo_lambda_neg:g} otherwise."
+        return "−w^k × exp(λ × (1 − w)) × A × log p", [["w", product], ["k and λ", powers]]
     ratio = "r" if args.delta is None else f"min(r, {args.delta:g})"
-    formula = f"−min({ratio} × A, clip(r, {1 - args.epsilon:g}, {1 + high:g}) × A)"
-    words = (
-        f"and no longer pushed, if its ratio is above {1 + high:g} and A above 0, or below {1 - args.epsilon:g} and "
+    formula = f"−min({ratio} × A, clip(r, {low:g}, {high:g}) × A)"
+    words = f"and no longer pushed, if its ratio is above {high:g} and A above 0, or below {low:g} and A below 0"
+    if args.delta is not None:
+        words += f", or above {args.delta:g} and A below 0"
+    return formula, [["A token is clipped,", f"{words}."]]
+
+
+def clip_range(args: GRPOConfig) -> tuple[float, float]:
+    """Return the lowest and the highest ratio that are not clipped. CISPO has no lowest one."""
+    high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    if args.loss_type == "cispo":
+        return 0.0, high
+    return 1 - args.epsilon, 1 + high
+
+
+def explain_first_update(args: GRPOConfig) -> str:
+    """Return what is special in the first update, as the rest of a sentence."""
+    _, high = clip_range(args)
+    if args.loss_type == "cispo" and high < 1:
+        return f"every ratio is 1, and clipped at {high:g}: other losses push {1 / high:.3g} times as strongly."
+    return (
+        "every ratio is 1, and losses only differ in what they divide by: bnpo, dapo, cispo and vespo push alike, and "
+        "so do grpo, gspo and sapo."
     )
-    words += "A below 0."
-    return formula, [["A token is clipped,", words]]
 
 
 def explain_divisor(args: GRPOConfig, completions: int, tokens: int) -> tuple[str, str]:
@@ -108,18 +128,13 @@ def explain_divisor(args: GRPOConfig, completions: int, tokens: int) -> tuple[st
         tokens: Tokens of the group that the model learns from.
     """
     if args.loss_type in ("grpo", "sapo"):
-        return (
-            f"({completions} × tokens of the completion)",
-            "takes the mean of each completion, then of all: a token of a short completion counts more.",
-        )
+        words = "takes the mean of each completion, then of all: a token of a short completion counts more."
+        return f"({completions} × tokens of the completion)", words
     if args.loss_type == "dr_grpo":
-        return (
-            f"({completions} × {args.max_completion_length})",
-            "divides by the number of completions times max_completion_length: all tokens always count the same.",
-        )
+        words = "divides by the number of completions times max_completion_length: all tokens always count the same."
+        return f"({completions} × {args.max_completion_length})", words
     if args.loss_type == "luspo":
         return str(completions), "divides by the number of completions: a long completion counts more than a short one."
-    of_what = "batch" if args.loss_type == "bnpo" else "rollout"
-    return str(
-        tokens
-    ), f"divides by the number of tokens of the {of_what}, here of this group: all tokens count the same."
+    batch = "batch" if args.loss_type == "bnpo" else "rollout"
+    words = f"divides by the number of tokens of the {batch}, here of this group: all tokens count the same."
+    return str(tokens), words

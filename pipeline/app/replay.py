@@ -112,8 +112,8 @@ class ReplayGRPO(_Replay, GRPOTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Return TRL's loss, and record its parts.
 
-        As long as the sign of a token's advantage stays, the loss is linear in it. So the token's term in the loss is
-        its advantage times the derivative of the loss with respect to it.
+        TRL's loss also takes an advantage for each token. It is linear in each of them as long as their signs stay, so
+        a token's term is its advantage times the derivative of the loss with respect to it.
         """
         self.log_probs.append(log_probs_of(self, self.group))
         self.model.train()

@@ -19,7 +19,15 @@ from starlette.responses import StreamingResponse
 from torch import Tensor
 
 from pipeline.app import watch
-from pipeline.app.losses import LOSSES, explain_divisor, explain_ratio, explain_term, loss_name, with_loss
+from pipeline.app.losses import (
+    LOSSES,
+    explain_divisor,
+    explain_first_update,
+    explain_ratio,
+    explain_term,
+    loss_name,
+    with_loss,
+)
 from pipeline.app.models import Loaded, Values
 from pipeline.app.site import Site, stream
 from pipeline.errors import LIBRARY_ERRORS, RunStopped, UserError
@@ -47,8 +55,8 @@ Event = dict[str, Any]
 class RolloutRequest(BaseModel):
     """What the page asks for: the rollout of a stage, on a prompt, by the model of the stage `policy`.
 
-    `answer` is the reference answer of a prompt that is not among the held-out ones; empty if there is none. `loss` is
-    one of `LOSSES`, or empty for the loss of the stage; it, and the number of `updates`, are only for GRPO.
+    `answer` is the reference answer of a prompt that is not among the held-out ones; empty if there is none. For the
+    updates of GRPO, `loss` is one of `LOSSES`, or empty for the loss of the stage, and `updates` is their number.
     """
 
     stage: str
@@ -113,7 +121,7 @@ def routes(site: Site) -> APIRouter:
 def roll_out(site: Site, request: RolloutRequest, again: bool = False) -> Generator[Event]:
     """Yield the pieces of a rollout as they are computed, or why they cannot be.
 
-    If the page has the rollout already, `again` asks for nothing but the updates of the same completions.
+    `again` is for a page that has the rollout of GRPO already: only the updates are yielded, of the same completions.
     """
     info = stage_info(request.stage)
     # A held-out prompt comes with the columns by which its rewards are computed.
@@ -131,10 +139,10 @@ def roll_out(site: Site, request: RolloutRequest, again: bool = False) -> Genera
             group = sample_group(policy, row, settings, request)
             update = watch.update(policy, reference, with_loss(settings, request.loss), row, group, request.updates)
             yield _inside_event(policy, settings, request, group, update)
-            return
-        yield _prompt_event(info.watch, policy, settings, row)
-        steps = ppo if info.has_critic else grpo
-        yield from steps(site, request, settings, policy, reference, row)
+        else:
+            yield _prompt_event(info.watch, policy, settings, row)
+            steps = ppo if info.has_critic else grpo
+            yield from steps(site, request, settings, policy, reference, row)
     except UserError as error:
         yield {"failed": visible("; ".join(map(str, error.problems)), SHOWN)}
     except (RunStopped, *LIBRARY_ERRORS) as error:
@@ -213,7 +221,7 @@ def _inside_event(
 
     def lists(columns: Tensor) -> list[list[float | None]]:
         """Return numbers (completions, tokens) as a list for each completion, None where nothing is learned."""
-        values = columns.float().masked_fill(~is_learned.to(columns.device), torch.nan).tolist()
+        values = columns.float().masked_fill(~is_learned, torch.nan).tolist()
         return [[finite(value) for value in row[:length]] for row, length in zip(values, lengths, strict=True)]
 
     args = update.args
@@ -240,6 +248,7 @@ def _inside_event(
         "losses": [["", f"{name}, as in the run"], *([other, other] for other in LOSSES if other != name)],
         "yaml": f"loss_type: {args.loss_type}, importance_sampling_level: {args.importance_sampling_level}",
         "formula": f"{term} ÷ {divisor}",
+        "first": explain_first_update(args),
         "words": [["r, the ratio,", explain_ratio(args)], *term_words, [f"÷ {divisor}", divisor_words]],
         "tokens": [[visible(str(policy.tokenizer.decode([token]))) for token in item.tokens] for item in group],
         "advantages": list(map(finite, update.advantages)),

@@ -14,7 +14,7 @@ from trl import GRPOConfig
 from trl import GRPOTrainer as TRLGRPOTrainer
 
 from pipeline.app import rollout, watch
-from pipeline.app.losses import CISPO_CLIP, LOSSES, loss_name, with_loss
+from pipeline.app.losses import CISPO_CLIP, LOSSES, explain_first_update, loss_name, with_loss
 from pipeline.app.models import Models
 from pipeline.app.site import Site
 from pipeline.rl.ppo import PPOTrainer
@@ -224,6 +224,12 @@ def test_losses_that_the_page_calls_alike_push_alike_in_the_first_update(run: Pa
         pushes = [watch_answers(run, **with_loss(settings, name)).updates[0].pushes for name in names]
         for push in pushes[1:]:
             assert push == approximately(pushes[0])
+    # TRL's `epsilon_high` is `epsilon` by default, which CISPO takes as the highest ratio.
+    clipped, free = watch_answers(run, loss_type="cispo"), watch_answers(run)
+    assert 5 * clipped.updates[0].pushes == approximately(free.updates[0].pushes)
+    assert "every ratio is 1, and clipped at 0.2: other losses push 5 times as strongly" in explain_first_update(
+        clipped.args
+    )
 
 
 def test_a_kl_penalty_is_in_the_loss_and_the_push_but_in_no_term(run: Path) -> None:

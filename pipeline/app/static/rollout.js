@@ -119,7 +119,7 @@ if (byId("rollout-form")) {
 
     let attempt = advantages.indexOf(Math.max(...advantages));
     const buttons = cards.map((card, i) => {
-      const button = make("button", { type: "button", className: "more", ariaLabel: `Show the tokens of completion ${i + 1}` }, "Show its tokens");
+      const button = make("button", { type: "button", className: "more", ariaLabel: `Show its tokens (completion ${i + 1})` }, "Show its tokens");
       card.append(button);
       card.addEventListener("click", () => {
         attempt = i;
@@ -157,9 +157,10 @@ if (byId("rollout-form")) {
   }
 
   // What one update does with the tokens of a completion.
-  function updateOf({ yaml, formula, words, tokens, advantages, updates }, number, attempt) {
+  function updateOf({ yaml, formula, words, first, tokens, advantages, updates }, number, attempt) {
     const update = updates[number - 1];
-    const [logProbs, newLogProbs, ratios, clipped, terms, pushes] = ["logProbs", "newLogProbs", "ratios", "clipped", "terms", "pushes"].map((name) => update[name][attempt]);
+    const columns = ["logProbs", "newLogProbs", "ratios", "clipped", "terms", "pushes"];
+    const [logProbs, newLogProbs, ratios, clipped, terms, pushes] = columns.map((name) => update[name][attempt]);
     const texts = tokens[attempt], advantage = advantages[attempt];
     // What a tool wrote, and what is not learned from, has no numbers.
     const isLearned = logProbs.map((value) => value !== null);
@@ -190,21 +191,22 @@ if (byId("rollout-form")) {
     const total = sum(update.terms.flat());
     const isWhole = Math.abs(total - update.loss) < 1e-5 + 1e-4 * Math.abs(total);
     const clippedCount = clipped.filter((isClipped, i) => isClipped && isLearned[i]).length;
-    const facts = `Completion ${attempt + 1} becomes ${times(sum(changes))} as likely in update ${number}. ${clippedCount} of its ${isLearned.filter(Boolean).length} tokens are clipped. `
-      + `Its terms add up to ${digits(sum(terms))}, and those of all completions to ${digits(total)}${isWhole ? ", the loss" : `; the loss, ${digits(update.loss)}, also has a KL penalty or an entropy bonus`}.`;
-    const explained = [
-      ["A, the advantage,", `is ${signed(advantage)} for all tokens of this completion.`],
-      ...words,
-      ["The push", "is how strongly the update raises the log-probability of the token: minus the derivative of the loss. What becomes of it also depends on the other tokens, whose pushes change the same weights."],
-      number === 1
-        ? ["In the first update,", "every ratio is 1, and losses only differ in what they divide by: bnpo, dapo, cispo and vespo push alike, and so do grpo, gspo and sapo."]
-        : [`In update ${number},`, "the ratios are what the earlier updates have made of each token."],
-    ];
+    const facts = [
+      `Completion ${attempt + 1} becomes ${times(sum(changes))} as likely in update ${number}.`,
+      `${clippedCount} of its ${isLearned.filter(Boolean).length} tokens are clipped.`,
+      `Its terms add up to ${digits(sum(terms))}, and those of all completions to ${digits(total)}`
+        + (isWhole ? ", the loss." : `; the loss, ${digits(update.loss)}, also has a KL penalty or an entropy bonus.`),
+      "Point at a token, or go to it with Tab and the arrow keys, to see its numbers.",
+    ].join(" ");
+    const push = "is how strongly the update raises the log-probability of the token: minus the derivative of the loss. What becomes "
+      + "of it also depends on the other tokens, whose pushes change the same weights.";
+    const explained = [["A, the advantage,", `is ${signed(advantage)} for all tokens of this completion.`], ...words, ["The push", push],
+      number === 1 ? ["In the first update,", first] : [`In update ${number},`, "the ratios are what the earlier updates have made of each token."]];
     const cells = (values, text) => values.map((value, i) => make("td", {}, text(value, i)));
     return [
       make("div", { className: "answer", role: "group", ariaLabel: `Tokens of completion ${attempt + 1}` }, ...texts.map(tokenOf)),
       make("p", { className: "legend" }, ...legend, coloured(0, "clipped", "clipped")),
-      make("p", {}, facts, " Point at a token, or go to it with Tab and the arrow keys, to see its numbers."),
+      make("p", {}, facts),
       make("p", {}, make("b", {}, `Term of a token = ${formula}`), make("span", { className: "soft" }, ` (${yaml})`)),
       make("ul", {}, ...explained.map(([name, text]) => make("li", {}, make("b", {}, name), ` ${text}`))),
       make("details", {}, make("summary", {}, "All tokens of this completion as a table"), grid(
