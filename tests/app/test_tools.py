@@ -100,6 +100,11 @@ def test_grpo_rewards_whole_dialogues_and_trains_on_what_the_model_wrote(
         assert update.rewards["Counter"] == pytest.approx(calls)
         assert toy.tokenizer().decode(group[0].prompt).startswith("<|bos|><|user|>1yes"), "what it shows is read"
 
+    learned = [
+        row[: len(dialogue.tokens)].int().tolist()
+        for row, dialogue in zip(update.updates[0].learned, group, strict=True)
+    ]
+    assert learned == [dialogue.sampled for dialogue in group]
     # Whatever the probabilities of a tool's tokens are, they change nothing.
     length = max(len(dialogue.tokens) for dialogue in group)
     by_tools = torch.zeros(len(group), length)

@@ -22,7 +22,7 @@ from pipeline.rl.ppo_config import PPOConfig
 from pipeline.tools.dialogue import Dialogue
 
 PROMPT = [{"role": "user", "content": "What is 12?"}]
-ANSWERS = ("7", "12", "no", "5")
+ANSWERS = ("7", "12", "no", "5", "3")
 
 
 def test_ppo_shows_what_the_trainer_computes(run: Path, tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_the_page_says_how_ppos_advantages_come_about_and_what_its_update_does_w
 
 
 def answers_of(tokenizer: Any) -> list[list[int]]:
-    """Return the tokens of four answers, of which the second is right."""
+    """Return the tokens of five answers, of which the second is right."""
     texts = [f"The answer is {text}." for text in ANSWERS]
     return [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
 
@@ -103,15 +103,15 @@ def watch_answers(run: Path, models: Models | None = None, updates: int = 1, **c
 
 def test_grpo_shows_trls_rewards_and_advantages_and_an_update_that_follows_them(run: Path) -> None:
     update = watch_answers(run, reward_weights=[2.0])
-    assert update.rewards == {"exact_answer": [0.0, 1.0, 0.0, 0.0]} and update.totals == [0.0, 2.0, 0.0, 0.0]
-    assert update.advantages == pytest.approx([-0.5, 1.5, -0.5, -0.5], abs=1e-3)
+    assert update.rewards == {"exact_answer": [0.0, 1.0, 0.0, 0.0, 0.0]} and update.totals == [0.0, 2.0, 0.0, 0.0, 0.0]
+    assert update.advantages == pytest.approx([-0.447, 1.789, -0.447, -0.447, -0.447], abs=1e-3)
     assert update.changes[1] > 1 and update.changes[1] == max(update.changes)
 
 
 def test_grpo_shows_the_stages_own_settings(run: Path) -> None:
     """How advantages are scaled, and a step that is so held to the reference that it goes to it."""
-    assert watch_answers(run, scale_rewards="none").advantages == pytest.approx([-0.25, 0.75, -0.25, -0.25])
-    assert watch_answers(run, learning_rate=0.0).changes == pytest.approx([1.0] * 4, abs=1e-4)
+    assert watch_answers(run, scale_rewards="none").advantages == pytest.approx([-0.2, 0.8, -0.2, -0.2, -0.2])
+    assert watch_answers(run, learning_rate=0.0).changes == pytest.approx([1.0] * 5, abs=1e-4)
     free, held = watch_answers(run, max_grad_norm=0.0), watch_answers(run, max_grad_norm=0.0, beta=100.0)
     assert free.changes != pytest.approx(held.changes, rel=1e-3)
 
@@ -155,7 +155,7 @@ def train_with_trl(run: Path, folder: Path, **settings: Any) -> list[dict[str, A
         return {"prompt_ids": encoded, "completion_ids": completions, "logprobs": None}
 
     config = GRPOConfig(
-        str(folder), max_completion_length=8, num_generations=4, per_device_train_batch_size=4, num_iterations=4,
+        str(folder), max_completion_length=8, num_generations=5, per_device_train_batch_size=5, num_iterations=4,
         max_steps=4, lr_scheduler_type="constant", learning_rate=1e-3, max_grad_norm=1.0, use_cpu=True, bf16=False,
         report_to="none", save_strategy="no", disable_tqdm=True, gradient_checkpointing=False, **settings,
     )  # fmt: skip
@@ -163,7 +163,7 @@ def train_with_trl(run: Path, folder: Path, **settings: Any) -> list[dict[str, A
         model=AutoModelForCausalLM.from_pretrained(run / "4_grpo"),
         reward_funcs=lambda completions, **_: [float("12" in turns[0]["content"]) for turns in completions],
         args=config,
-        train_dataset=Dataset.from_list([{"prompt": PROMPT}] * 4),
+        train_dataset=Dataset.from_list([{"prompt": PROMPT}] * 5),
         processing_class=tokenizer,
         rollout_func=roll_out,
     )
@@ -198,7 +198,7 @@ def test_tokens_in_four_updates_are_those_of_trls_trainer(run: Path, tmp_path: P
         assert update.ratios * mask == approximately(call["coef_1"] * mask)
         assert update.pushes * mask == approximately(call["pushes"] * mask)
         lengths = mask.sum(1, keepdim=True)
-        divisors = {"grpo": 4 * lengths, "sapo": 4 * lengths, "dr_grpo": 4 * 8, "luspo": 4}
+        divisors = {"grpo": 5 * lengths, "sapo": 5 * lengths, "dr_grpo": 5 * 8, "luspo": 5}
         divisor = divisors.get(loss.loss_type, mask.sum())
         assert update.terms == approximately(call["per_token_loss"] * mask / divisor)
         assert update.loss == pytest.approx(float(call["loss"]), rel=1e-4, abs=1e-6)
@@ -243,7 +243,7 @@ def test_a_ratio_beyond_delta_is_clipped(run: Path) -> None:
     free, bounded = watch_answers(run, **options), watch_answers(run, delta=1.05, **options)
     for step in bounded.updates:
         assert torch.equal(step.clipped & step.learned, (step.pushes == 0) & step.learned)
-    assert any(bool((step.ratios > 1.05)[[0, 2, 3]].any()) for step in bounded.updates), "of a negative advantage"
+    assert any(bool((step.ratios > 1.05)[[0, 2, 3, 4]].any()) for step in bounded.updates), "of a negative advantage"
     assert free.updates[3].clipped.sum() != bounded.updates[3].clipped.sum()
 
 
