@@ -1,20 +1,33 @@
 """Watch a rollout: what PPO and GRPO see of one prompt, live on the models of the run.
 
 page    POST /rollout      {"stage": "4_grpo", "policy": "3_ppo", "text": "Ana has 7 eggs. ...", ...
-server  a line of JSON     {"step": "prompt", ...}, then "completions", "check" and "update" of GRPO,
+server  a line of JSON     {"step": "prompt", ...}, then "completions", "check", "update" and "inside" of GRPO,
                            or "completion" and "tokens" of PPO, or {"failed": why}
+page    POST /updates      the same, with a "loss" and a number of "updates"
+server  a line of JSON     {"step": "inside", ...} of the same completions
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from anyio import CapacityLimiter
 from fastapi import APIRouter, HTTPException
 from pydantic import BaseModel, Field
 from starlette.responses import StreamingResponse
+from torch import Tensor
 
 from pipeline.app import watch
+from pipeline.app.losses import (
+    LOSSES,
+    explain_divisor,
+    explain_first_update,
+    explain_ratio,
+    explain_term,
+    loss_name,
+    with_loss,
+)
 from pipeline.app.models import Loaded, Values
 from pipeline.app.site import Site, stream
 from pipeline.errors import LIBRARY_ERRORS, RunStopped, UserError
@@ -33,6 +46,8 @@ SCALED = {
 """What the advantages are, by `scale_rewards`."""
 SHOWN = 4000
 """Maximum number of characters of a completion that are shown."""
+MOST_UPDATES = 4
+"""Maximum number of updates with a group of completions that a visitor can ask for."""
 Event = dict[str, Any]
 """A piece of a rollout, which the page adds to the ones that it shows."""
 
@@ -40,7 +55,8 @@ Event = dict[str, Any]
 class RolloutRequest(BaseModel):
     """What the page asks for: the rollout of a stage, on a prompt, by the model of the stage `policy`.
 
-    `answer` is the reference answer of a prompt that is not among the held-out ones; empty if there is none.
+    `answer` is the reference answer of a prompt that is not among the held-out ones; empty if there is none. For the
+    updates of GRPO, `loss` is one of `LOSSES`, or empty for the loss of the stage, and `updates` is their number.
     """
 
     stage: str
@@ -48,6 +64,8 @@ class RolloutRequest(BaseModel):
     text: str = Field(min_length=1)
     answer: str = ""
     seed: int = Field(0, ge=0, lt=2**63)
+    loss: str = ""
+    updates: int = Field(1, ge=1, le=MOST_UPDATES)
 
 
 def content(site: Site) -> dict[str, Any]:
@@ -80,18 +98,31 @@ def routes(site: Site) -> APIRouter:
     """Return the routes of the page's rollouts. One is computed at a time, and the next request waits."""
     router, turns = APIRouter(), CapacityLimiter(1)
 
+    def check(request: RolloutRequest) -> None:
+        is_known = {request.stage, request.policy} <= set(site.models.stages)
+        if not is_known or not stage_info(request.stage).watch or request.loss not in ("", *LOSSES):
+            raise HTTPException(422, "This page has no such stage, model or loss.")
+
     @router.post("/rollout")
     def rollout(request: RolloutRequest) -> StreamingResponse:
-        is_known = {request.stage, request.policy} <= set(site.models.stages)
-        if not is_known or not stage_info(request.stage).watch:
-            raise HTTPException(422, "This page has no such stage or model.")
+        check(request)
         return stream(roll_out(site, request), turns)
+
+    @router.post("/updates")
+    def updates(request: RolloutRequest) -> StreamingResponse:
+        check(request)
+        if stage_info(request.stage).has_critic:
+            raise HTTPException(422, "Only the tokens of GRPO have several losses.")
+        return stream(roll_out(site, request, again=True), turns)
 
     return router
 
 
-def roll_out(site: Site, request: RolloutRequest) -> Generator[Event]:
-    """Yield the pieces of a rollout as they are computed, or why they cannot be."""
+def roll_out(site: Site, request: RolloutRequest, again: bool = False) -> Generator[Event]:
+    """Yield the pieces of a rollout as they are computed, or why they cannot be.
+
+    `again` is for a page that has the rollout of GRPO already: only the updates are yielded, of the same completions.
+    """
     info = stage_info(request.stage)
     # A held-out prompt comes with the columns by which its rewards are computed.
     prompt = site.find(request.text, info.held_out)
@@ -104,9 +135,14 @@ def roll_out(site: Site, request: RolloutRequest) -> Generator[Event]:
         settings = watch.stage_settings(site.run, request.stage)
         policy = site.models.get(request.policy)
         reference = site.models.get(parent_stage(site, request.stage))
-        yield _prompt_event(info.watch, policy, settings, row)
-        steps = ppo if info.has_critic else grpo
-        yield from steps(site, request, settings, policy, reference, row)
+        if again:
+            group = sample_group(policy, row, settings, request)
+            update = watch.update(policy, reference, with_loss(settings, request.loss), row, group, request.updates)
+            yield _inside_event(policy, settings, request, group, update)
+        else:
+            yield _prompt_event(info.watch, policy, settings, row)
+            steps = ppo if info.has_critic else grpo
+            yield from steps(site, request, settings, policy, reference, row)
     except UserError as error:
         yield {"failed": visible("; ".join(map(str, error.problems)), SHOWN)}
     except (RunStopped, *LIBRARY_ERRORS) as error:
@@ -141,11 +177,16 @@ def parent_stage(site: Site, stage: str) -> str:
     return name if name in site.models.stages else stage
 
 
+def sample_group(policy: Loaded, row: Values, settings: Values, request: RolloutRequest) -> list[Dialogue]:
+    """Sample GRPO's completions of the prompt of a row: the same ones for the same request."""
+    return watch.sample_group(policy, row, settings, settings["num_generations"], request.seed)
+
+
 def grpo(
     site: Site, request: RolloutRequest, settings: Values, policy: Loaded, reference: Loaded, row: Values
 ) -> Iterator[Event]:
     """Yield GRPO's steps after the prompt as they are computed."""
-    group = watch.sample_group(policy, row, settings, settings["num_generations"], request.seed)
+    group = sample_group(policy, row, settings, request)
     about = f"{len(group)} attempts of {request.policy}, sampled at temperature {settings['temperature']:g}."
     completions = [completion_text(policy, completion) for completion in group]
     yield {"step": "completions", "title": "Completions", "about": about, "completions": completions}
@@ -168,6 +209,51 @@ def grpo(
     about += f"({settings['learning_rate']:g}). A step of the run takes {settings['per_device_train_batch_size']} "
     about += "completions."
     yield {"step": "update", "title": "Update", "about": about, "changes": list(map(finite, update.changes))}
+    yield _inside_event(policy, settings, request, group, update)
+
+
+def _inside_event(
+    policy: Loaded, settings: Values, request: RolloutRequest, group: Sequence[Dialogue], update: Any
+) -> Event:
+    """Return what the updates of GRPO do with each token of a group, which `watch.update` has computed."""
+    is_learned = update.updates[0].learned
+    lengths = [len(completion.tokens) for completion in group]
+
+    def lists(columns: Tensor) -> list[list[float | None]]:
+        """Return numbers (completions, tokens) as a list for each completion, None where nothing is learned."""
+        values = columns.float().masked_fill(~is_learned, torch.nan).tolist()
+        return [[finite(value) for value in row[:length]] for row, length in zip(values, lengths, strict=True)]
+
+    args = update.args
+    term, term_words = explain_term(args)
+    divisor, divisor_words = explain_divisor(args, len(group), int(is_learned.sum()))
+    name = loss_name(settings)
+    steps = []
+    for step, log_probs, new_log_probs in zip(update.updates, update.log_probs[:-1], update.log_probs[1:], strict=True):
+        steps.append(
+            {
+                "loss": finite(step.loss),
+                "logProbs": lists(log_probs),
+                "newLogProbs": lists(new_log_probs),
+                "ratios": lists(step.ratios),
+                "clipped": lists(step.clipped),
+                "terms": lists(step.terms),
+                "pushes": lists(step.pushes),
+            }
+        )
+    return {
+        "step": "inside",
+        "title": "Inside the update",
+        "loss": request.loss,
+        "losses": [["", f"{name}, as in the run"], *([other, other] for other in LOSSES if other != name)],
+        "yaml": f"loss_type: {args.loss_type}, importance_sampling_level: {args.importance_sampling_level}",
+        "formula": f"{term} ÷ {divisor}",
+        "first": explain_first_update(args),
+        "words": [["r, the ratio,", explain_ratio(args)], *term_words, [f"÷ {divisor}", divisor_words]],
+        "tokens": [[visible(str(policy.tokenizer.decode([token]))) for token in item.tokens] for item in group],
+        "advantages": list(map(finite, update.advantages)),
+        "updates": steps,
+    }
 
 
 def ppo(

@@ -283,7 +283,7 @@ def test_a_rollout_is_watched_step_by_step(browser: Any, page: str) -> None:
     assert browser.find_element(By.ID, "rollout-answer").get_property("value") == "0", "the first held-out problem"
     assert "of 60 held-out problems" in browser.find_element(By.ID, "rollout-tally").text
     browser.find_element(By.ID, "rollout-go").click()
-    until(browser, lambda: len(browser.find_elements(By.CSS_SELECTOR, "#rollout-shown section")) == 4)
+    until(browser, lambda: len(browser.find_elements(By.CSS_SELECTOR, "#rollout-shown section")) == 5)
     assert len(browser.find_elements(By.CSS_SELECTOR, "#rollout-shown .group li")) == 4, "one card for each attempt"
     text = browser.find_element(By.ID, "rollout-shown").text
     for words in ("1. Prompt", "2. Completions", "exact_answer: 0.00", "All are equal here", "times as likely"):
@@ -299,6 +299,53 @@ def test_a_rollout_is_watched_step_by_step(browser: Any, page: str) -> None:
     advantage = rows[0].find_element(By.CSS_SELECTOR, "td:last-child").rect
     assert advantage["x"] + advantage["width"] <= 390, "the advantage is seen on a phone"
     assert "KL from 2_sft" in browser.find_element(By.ID, "rollout-shown").text
+
+
+def test_tokens_are_seen_in_each_update_with_each_loss_and_by_keyboard(browser: Any, page: str) -> None:
+    visit(browser, page, 390)
+    field = browser.find_element(By.ID, "rollout-prompt")
+    until(browser, lambda: field.get_property("value"))
+    browser.find_element(By.ID, "rollout-go").click()
+    until(browser, lambda: browser.find_elements(By.CSS_SELECTOR, "#inside .answer .token"))
+    inside = browser.find_element(By.ID, "inside")
+    assert "dapo, as in the run" in inside.text and "every ratio is 1" in inside.text
+
+    # Another completion, by keyboard: its button, then the tokens, then the next token.
+    button = browser.find_elements(By.CSS_SELECTOR, "#rollout-shown .group button")[2]
+    button.send_keys(Keys.ENTER)
+    assert button.get_attribute("aria-pressed") == "true" and "Completion 3 becomes" in inside.text
+    tokens = inside.find_elements(By.CSS_SELECTOR, ".answer .token")
+    assert "".join(token.text for token in tokens).strip() and len(tokens) == 8
+    stops = [token for token in tokens if token.get_attribute("tabindex") == "0"]
+    assert stops == tokens[:1], "one stop of the tabulator"
+    browser.execute_script("arguments[0].focus()", tokens[0])
+    tokens[0].send_keys(Keys.ARROW_RIGHT)
+    assert browser.switch_to.active_element == tokens[1]
+    popover = browser.find_element(By.ID, "popover")
+    for words in ("times as likely", "Log-prob before", "Log-prob after", "Advantage", "Ratio", "Term", "Push"):
+        assert words in popover.text
+    tokens[1].send_keys(Keys.ESCAPE)
+    assert not popover.is_displayed()
+
+    # A later update, another loss, and back: what was computed is not computed again.
+    inside.find_element(By.CSS_SELECTOR, "[name=update][value='3']").click()
+    until(browser, lambda: "in update 3" in inside.text)
+    assert "Completion 3 becomes" in inside.text
+    inside.find_element(By.CSS_SELECTOR, "option[value='gspo']").click()
+    until(browser, lambda: "importance_sampling_level: sequence" in inside.text)
+    requested(browser)
+    inside.find_element(By.CSS_SELECTOR, "option[value='']").click()
+    assert "loss_type: dapo" in inside.text and "in update 3" in inside.text
+    inside.find_element(By.CSS_SELECTOR, "[name=update][value='2']").click()
+    assert "in update 2" in inside.text and requested(browser) == []
+    inside.find_element(By.TAG_NAME, "summary").click()
+    rows = inside.find_elements(By.CSS_SELECTOR, ".tokens tbody tr")
+    assert len(rows) == 8 and len(rows[0].find_elements(By.TAG_NAME, "td")) == 5
+    assert browser.execute_script(OUTSIDE) == [] and browser.execute_script(UNNAMED) == []
+
+    # A rollout of the same prompt begins anew.
+    browser.find_element(By.ID, "rollout-go").send_keys(Keys.ENTER)
+    until(browser, lambda: "in update 1" in browser.find_element(By.ID, "rollout-shown").text)
 
 
 # The next control that can be used and was not yet, with its key, which is the same for the buttons of all own votes.

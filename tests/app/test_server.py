@@ -98,9 +98,17 @@ def test_a_path_in_a_call_is_not_opened(client: TestClient, run: Path) -> None:
     )
     assert answer.status_code == 200 and answer.text == "", "no model of the page"
     for wrong in ({"stage": "../4_grpo", "policy": "2_sft"}, {"stage": "4_grpo", "policy": str(run / "2_sft")}):
-        assert client.post("/rollout", json={"text": "What is 12?", **wrong}).status_code == 422
+        for path in ("/rollout", "/updates"):
+            assert client.post(path, json={"text": "What is 12?", **wrong}).status_code == 422
     for path in ("/static/page.js.map", "/static/../server.py", "/static/%2e%2e/server.py"):
         assert client.get(path).status_code == 404
+
+
+def test_only_losses_of_grpo_and_up_to_four_updates_can_be_asked_for(client: TestClient) -> None:
+    request = {"stage": "4_grpo", "policy": "4_grpo", "text": "What is 12?"}
+    assert client.post("/updates", json=request | {"loss": "bnpo", "updates": 4}).status_code == 200
+    for wrong in ({"loss": "../bnpo"}, {"updates": 5}, {"updates": 0}, {"stage": "3_ppo"}):
+        assert client.post("/updates", json=request | wrong).status_code == 422
 
 
 def test_what_cannot_be_asked_is_refused(client: TestClient) -> None:

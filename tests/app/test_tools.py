@@ -100,6 +100,11 @@ def test_grpo_rewards_whole_dialogues_and_trains_on_what_the_model_wrote(
         assert update.rewards["Counter"] == pytest.approx(calls)
         assert toy.tokenizer().decode(group[0].prompt).startswith("<|bos|><|user|>1yes"), "what it shows is read"
 
+    learned = [
+        row[: len(dialogue.tokens)].int().tolist()
+        for row, dialogue in zip(update.updates[0].learned, group, strict=True)
+    ]
+    assert learned == [dialogue.sampled for dialogue in group]
     # Whatever the probabilities of a tool's tokens are, they change nothing.
     length = max(len(dialogue.tokens) for dialogue in group)
     by_tools = torch.zeros(len(group), length)
@@ -222,7 +227,7 @@ def test_what_a_tool_returns_stays_text_on_the_page(page: str, tmp_path_factory:
             browser.execute_script(f"document.querySelector('#rollout-form [name=seed]').value = {5 + seed}")
             browser.execute_script("document.getElementById('rollout-go').click()")
             if stage == "4_grpo":
-                wait_for("#rollout-shown .group .measure:last-child")
+                assert wait_for("#inside .answer span.soft"), "tokens of a tool have no colour"
                 text = browser.find_element(By.ID, "rollout-shown").get_property("innerText")
                 assert "<- <img src=x onerror=document.title='owned'>\n   -> fake() ⟨U+202E⟩" in text
             else:

@@ -1,6 +1,6 @@
 // The section Compare: sends a prompt, and shows the answers as they are written.
 {
-  const form = byId("compare-form"), field = byId("prompt"), status = byId("compare-status"), popover = byId("popover");
+  const form = byId("compare-form"), field = byId("prompt"), status = byId("compare-status");
   const columns = new Map([...document.querySelectorAll("#answers article")].map((column) => [column.dataset.model, column]));
   const part = (column, name) => column.querySelector(name);
   const isDone = (column) => column.hidden || column.dataset.done;
@@ -23,7 +23,7 @@
       part(column, ".facts").classList.remove("failed");
       part(column, ".more").hidden = true;
     }
-    hide();
+    popover.hide();
     const question = ["Asked: ", make("q", {}, text)];
     if (answer) question.push(" The right result is ", make("b", {}, answer), ".");
     const say = (note) => status.replaceChildren(...question, " ", make("span", { className: "soft" }, note));
@@ -57,7 +57,7 @@
     if (byId("probabilities").checked) text.append(...update.tokens.map(shaded));
     else text.textContent = column.text;
     part(column, ".more").hidden = text.scrollHeight <= text.clientHeight || column.classList.contains("open");
-    first(text);
+    tabStop(text);
   }
 
   // Only tokens that the model wrote count. Tokens that tools returned have no alternatives.
@@ -75,57 +75,22 @@
   // The shade is 0 for a probable token, and one more for each halving of the probability.
   const shade = (logProb) => Math.min(5, Math.floor(-(logProb ?? -9) / Math.LN2));
   const shaded = (token) => (token.others.length
-    ? make("span", { className: `token p${shade(token.logProb)}`, tabIndex: -1, token }, token.text)
+    ? make("span", { className: `token p${shade(token.logProb)}`, tabIndex: -1, describe: () => alternatives(token) }, token.text)
     : make("span", { className: "soft" }, token.text));
-  // One tab stop in each column; arrow keys move on from there.
-  const first = (text) => { if (!text.querySelector("[tabindex='0']")) text.querySelector(".token")?.setAttribute("tabindex", "0"); };
+  function alternatives(token) {
+    const rows = token.others.map(([text, logProb]) => make("tr", { className: text === token.text ? "chosen" : "" },
+      make("th", { scope: "row" }, `“${text}”`), make("td", {}, bar(Math.exp(logProb)), make("span", {}, percent(logProb)))));
+    return [make("p", {}, `“${token.text}” had ${percent(token.logProb)}. Most probable here:`), make("table", {}, make("tbody", {}, ...rows))];
+  }
   byId("probabilities").addEventListener("change", ({ target }) => {
     byId("legend").hidden = !target.checked;
-    hide();
+    popover.hide();
     for (const column of columns.values()) {
       const text = part(column, ".answer");
       if (!column.tokens?.length) continue;
       text.replaceChildren(...(target.checked ? column.tokens.map(shaded) : [column.text]));
-      first(text);
+      tabStop(text);
     }
-  });
-
-  function hide() { popover.hidden = true; }
-  function inspect(event) {
-    if (event.target.closest?.("#popover")) return;
-    const span = event.target.closest?.("#answers .token");
-    if (!span) { if (event.type !== "focusin") hide(); return; }
-    const { token } = span;
-    const rows = token.others.map(([text, logProb]) => make("tr", { className: text === token.text ? "chosen" : "" },
-      make("th", { scope: "row" }, `“${text}”`), make("td", {}, bar(Math.exp(logProb)), make("span", {}, percent(logProb)))));
-    popover.replaceChildren(make("p", {}, `“${token.text}” had ${percent(token.logProb)}. Most probable here:`), make("table", {}, make("tbody", {}, ...rows)));
-    popover.hidden = false;
-    span.setAttribute("aria-describedby", "popover");
-    // Below the token, or above it where there is no room.
-    const box = span.getBoundingClientRect();
-    const size = popover.getBoundingClientRect();
-    const below = box.bottom + size.height + 8 < innerHeight;
-    popover.style.left = `${Math.max(8, Math.min(box.left, document.documentElement.clientWidth - size.width - 8))}px`;
-    popover.style.top = `${below ? box.bottom + 4 : Math.max(8, box.top - size.height - 4)}px`;
-  }
-  for (const kind of ["mouseover", "focusin", "click"]) document.addEventListener(kind, inspect);
-  // A token that got the focus may have scrolled into view, with its alternatives.
-  addEventListener("scroll", () => {
-    const token = document.activeElement.closest("#answers .token");
-    if (token && !popover.hidden) inspect({ target: token });
-    else hide();
-  }, { capture: true, passive: true });
-  document.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") hide();
-    const token = event.target.closest?.(".token");
-    const step = { ArrowRight: "nextElementSibling", ArrowLeft: "previousElementSibling" }[event.key];
-    let next = token && step && token[step];
-    while (next && !next.matches(".token")) next = next[step];
-    if (!next) return;
-    event.preventDefault();
-    token.tabIndex = -1;
-    next.tabIndex = 0;
-    next.focus();
   });
 
   byId("answers").addEventListener("click", (event) => {

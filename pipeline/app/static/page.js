@@ -120,6 +120,55 @@ async function offer(formId, select) {
   return [...kinds.values()].flat();
 }
 
+// Tokens of which more is known: `describe` of such an element returns what is shown beside it when it is pointed at or
+// has the focus.
+const popover = {
+  element: byId("popover"),
+  hide() { this.element.hidden = true; },
+  show(token) {
+    const { element } = this;
+    element.replaceChildren(...token.describe());
+    element.hidden = false;
+    token.setAttribute("aria-describedby", "popover");
+    // Below the token, or above it where there is no room.
+    const box = token.getBoundingClientRect();
+    const size = element.getBoundingClientRect();
+    const below = box.bottom + size.height + 8 < innerHeight;
+    element.style.left = `${Math.max(8, Math.min(box.left, document.documentElement.clientWidth - size.width - 8))}px`;
+    element.style.top = `${below ? box.bottom + 4 : Math.max(8, box.top - size.height - 4)}px`;
+  },
+};
+for (const kind of ["mouseover", "focusin", "click"]) {
+  document.addEventListener(kind, ({ target, type }) => {
+    if (target.closest?.("#popover")) return;
+    const token = target.closest?.(".token");
+    if (token?.describe) popover.show(token);
+    else if (type !== "focusin") popover.hide();
+  });
+}
+// A token that got the focus may have scrolled into view, with what is shown beside it.
+addEventListener("scroll", () => {
+  const token = document.activeElement.closest(".token");
+  if (token && !popover.element.hidden) popover.show(token);
+  else popover.hide();
+}, { capture: true, passive: true });
+// A text of tokens is one stop of the tabulator; arrow keys move on from there.
+function tabStop(text) {
+  if (!text.querySelector("[tabindex='0']")) text.querySelector(".token")?.setAttribute("tabindex", "0");
+}
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") popover.hide();
+  const token = event.target.closest?.(".token");
+  const step = { ArrowRight: "nextElementSibling", ArrowLeft: "previousElementSibling" }[event.key];
+  let next = token && step && token[step];
+  while (next && !next.matches(".token")) next = next[step];
+  if (!next) return;
+  event.preventDefault();
+  token.tabIndex = -1;
+  next.tabIndex = 0;
+  next.focus();
+});
+
 // The path and the chips may grow after the browser has gone to the section that the address names. Keep the section in
 // sight until the visitor moves.
 if (/^#\w+$/.test(location.hash)) {
