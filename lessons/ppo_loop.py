@@ -1,6 +1,6 @@
 """PPO for a language model, the whole algorithm in one file, with plain torch and transformers.
 
-    python lessons/ppo_loop.py runs/pocket/seed0 runs/ppo_loop
+    python -m lessons.ppo_loop runs/pocket/seed0 runs/ppo_loop
 
 trains the `2_sft` of a finished run of pocket against its `3_reward`, with the settings of `recipes/pocket/3_ppo.yaml`,
 and writes the policy, which `fourstage chat` opens. It computes what `pipeline.rl.ppo.PPOTrainer` does, in float32, on
