@@ -5,8 +5,8 @@
     lesson = begin_lesson("1_pretraining")
     AutoModelForCausalLM.from_pretrained(lesson.run / "2_sft")
 
-No notebook changes the run. `python -m lessons.execute --smoke` executes the notebooks with a miniature run, whose models
-have learned nothing, so that only a few steps are trained, and nothing that a model should have learned is asserted.
+No notebook changes the run. `python -m lessons.execute --smoke` executes the notebooks with a miniature of a run. Its
+models have learned nothing, so that only a few steps are trained, and nothing that a model should know is asserted.
 """
 
 import json

@@ -59,7 +59,7 @@ def test_a_notebook_has_three_exercises_and_five_questions_with_folded_answers(n
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_notebook_runs_beside_a_run_that_it_does_not_change(name: str, miniature: Path) -> None:
-    """Wrong solutions are those of `wrong_solutions/NAME.py`, three for each exercise: `# %% exercise-1: what is wrong`."""
+    """Wrong solutions are in `wrong_solutions/NAME.py`, three for each exercise: `# %% exercise-1: what is wrong`."""
     original = digests(miniature)
     notebook = execute.with_solutions(read_notebook(name), read_sections(FOLDER / "solutions" / f"{name}.py"))
     wrong = read_sections(WRONG / f"{name}.py")
