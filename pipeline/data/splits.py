@@ -157,6 +157,7 @@ def _check_split_names(source: Splits, args: DataArguments, evaluation: bool) ->
     problems = []
     if train not in source:
         problems.append(Problem("dataset_train_split", train, remedy))
+    # If a single split has another name than the training split, report only that: it will be divided.
     if evaluation and test not in source and not is_divided(source, args) and (train in source or len(source) > 1):
         problems.append(Problem("dataset_test_split", test, remedy))
     if evaluation and train == test:

@@ -74,6 +74,7 @@ def read_votes(path: Path) -> list[Vote]:
 def _whole_lines(content: bytes) -> bytes:
     """Return the complete lines of a log. The last line is incomplete if it is not valid JSON."""
     end = content.rfind(b"\n") + 1
+    # Nothing, if the content ends with a line break, is not valid JSON either.
     try:
         json.loads(content[end:])
     except ValueError:

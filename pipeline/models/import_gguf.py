@@ -319,7 +319,11 @@ def read_weights(header: GgufHeader, model: PreTrainedModel) -> dict[str, torch.
         kind = content[gguf_name].ggml_type
         values = dequantize(values, kind) if kind in GGML_BLOCK else values.float()
         shape = expected_shapes[name]
-        # llama.cpp rotates neighbours where transformers rotates halves, and stores the rows of a Llama in that order.
+        # llama.cpp rotates neighbouring rows of a head, and transformers a row of each half. So the file of a Llama has
+        # the rows in another order:
+        #
+        #   transformers   0 1 2 | 3 4 5
+        #   file           0 3 | 1 4 | 2 5
         if config.model_type == "llama" and (".attn_q." in gguf_name or ".attn_k." in gguf_name):
             values = values.reshape(-1, config.head_dim // 2, 2, *shape[1:]).transpose(1, 2)
         weights[name] = values.reshape(shape)

@@ -72,10 +72,10 @@ class ScratchArguments:
             problems.append(Problem("num_key_value_heads", key_heads, remedy))
         if self.attention_bias and self.model_type == "qwen3":
             problems.append(Problem("attention_bias", True, "llama.cpp cannot open such a qwen3; leave it out"))
-        problems += self._check_experts()
+        problems += self._set_and_check_experts()
         refuse(*problems)
 
-    def _check_experts(self) -> list[Problem]:
+    def _set_and_check_experts(self) -> list[Problem]:
         """Set the defaults of a Llama 4 and check its experts, or report fields that only a Llama 4 has."""
         settings = {name: getattr(self, name) for name in LLAMA4 if getattr(self, name) is not None}
         if self.model_type != "llama4_text":

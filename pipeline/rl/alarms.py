@@ -14,14 +14,16 @@ from trl import GRPOConfig
 
 logger = get_logger(__name__)
 
-# Share of the entropy at the start, and nats per token, below which samples of one prompt are nearly all the same. The
-# runs of `recipes/pocket` end at two thirds of it (PPO) and at an eighth (GRPO, which by then solves most problems).
+# Share of the entropy at the start, below which samples of one prompt are nearly all the same. The runs of
+# `recipes/pocket` end at two thirds of it (PPO) and at an eighth (GRPO, which by then solves most problems).
 ENTROPY_SHARE = 0.03
+# The same in nats per token, for runs that start with little entropy.
 MIN_ENTROPY = 0.005
 # Share of completions that run into the limit. Above it, most rewards are for unfinished text.
 MAX_CUT_OFF = 0.5
-# Share of the initial length, and number of tokens: an empty completion has one token, its end of turn.
+# Share of the initial length, below which completions are too short.
 LENGTH_SHARE = 0.1
+# The same in tokens. An empty completion has one token, its end of turn.
 MIN_LENGTH = 1.5
 # Standard deviation of the rewards as a share of its maximum so far. Below it, nearly all rewards are equal.
 SPREAD_SHARE = 0.01
@@ -32,8 +34,9 @@ MAX_KL = 1.0
 # Share of the way from the lowest mean reward to the highest single one. If rewards check right and wrong, a mean above
 # it is success, and equal rewards and low entropy are fine. Scores of a reward model have no ceiling.
 MASTERY = 0.9
-# Consecutive bad log entries, and completions in them, for an alarm: small batches are often all right or all wrong.
+# Minimum number of consecutive bad log entries for an alarm.
 MIN_ENTRIES = 3
+# Minimum number of completions in these entries: small batches are often all right or all wrong.
 MIN_COMPLETIONS = 64
 
 EXPLORE = "lower learning_rate, or raise entropy_coef or the KL penalty (kl_coef in PPO, beta in GRPO)"

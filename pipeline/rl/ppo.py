@@ -192,8 +192,9 @@ class PPOTrainer(GRPOTrainer):
         moments = self.score_moments if is_running else ppo_math.Moments()
         if args.reward_normalization == "batch" or (is_running and self.model.training):
             moments.update(all_scores[all_scored])
-        first = self.accelerator.process_index * len(mask)
-        of_process = slice(first, first + len(mask))
+        # The rows of this process among those of all processes.
+        first_row = self.accelerator.process_index * len(mask)
+        of_process = slice(first_row, first_row + len(mask))
 
         ended = ppo_math.ended(batch["completion_ids"], batch["completion_mask"], self.eos_token_ids)
         return ppo_math.Scores(

@@ -70,6 +70,7 @@ def build_value_model(
         if use_peft and not policy.active_peft_config.is_prompt_learning:
             adapter = policy.active_peft_config
         policy = policy.get_base_model()
+    # The dtype of weights that are trained, such as an adapter's, may differ from the dtype of the base model.
     dtype = next((weight.dtype for weight in policy.parameters() if weight.requires_grad), policy.dtype)
     # A reward that is only measured says nothing about the score.
     rewards = [(reward, reward_tokenizer, weight) for reward, reward_tokenizer, weight in rewards if weight]

@@ -35,8 +35,9 @@ class InterruptCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        # The first signal that this process has received, or 0, and when.
+        # The first signal that this process has received, or 0.
         self._first_signal = 0
+        # When it was received, on the monotonic clock.
         self._time = 0.0
         self._earlier_handlers = {number: signal.signal(number, self._receive) for number in stop_signals()}
 

@@ -81,7 +81,8 @@ def _frozen(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def plain_name(name: str) -> str:
-    """Return the name of a weight before adapters were added to its model."""
+    """Return the name that a weight had before adapters were added to its model."""
+    # layers.0.q_proj.base_layer.weight -> layers.0.q_proj.weight
     return name.replace(".base_layer", "").replace(".original_module", "").replace(".token_adapter", "")
 
 

@@ -124,6 +124,7 @@ class _Inputs:
         names.append(getattr(self.reward_args, "value_model_path", None))
         if model is not None:
             names.append(model.model_name_or_path)
+        # The Hub is needed for any name that is not a path.
         if not all(os.path.exists(name) or is_missing_path(name) for name in names if name):
             loading.skip_unreachable_hub()
 
