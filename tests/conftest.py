@@ -32,6 +32,12 @@ def unconfined_where_the_kernel_cannot() -> None:
     run.allow_unconfined = run.validate_sandbox() is not None
 
 
+@pytest.fixture(autouse=True)
+def no_test_keeps_the_next_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget what `use_cpu` of an earlier test said: `hardware.keep_to_cpu` says it to the whole process."""
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+
+
 @pytest.fixture
 def shared_warm_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fork the steps of `fourstage run` from the process of this worker: importing the libraries takes seconds.
