@@ -18,7 +18,7 @@ Shapes: `B` completions, `L` tokens of a prompt and its completion, `T` tokens o
 
 import argparse
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -203,10 +203,22 @@ def losses(
     return of_policy, settings.vf_coef * of_critic
 
 
+def print_figures(number: int, figures: dict[str, float]) -> None:
+    """Print what `judge` measured on a rollout."""
+    print(f"rollout {number}", *(f"{name} {value:.3f}" for name, value in figures.items()))
+
+
 def train(
-    models: dict[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, prompts: Iterator[str], settings: Settings
+    models: dict[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Iterator[str],
+    settings: Settings,
+    on_rollout: Callable[[int, dict[str, float]], None] = print_figures,
 ) -> None:
-    """Train the policy and the critic of `models` in place."""
+    """Train the policy and the critic of `models` in place.
+
+    `on_rollout` is called with the number of a rollout, from 1, and what `judge` measured on it, before the updates.
+    """
     rates = {"policy": settings.learning_rate, "critic": settings.value_learning_rate}
     optimizers = {
         name: torch.optim.AdamW(models[name].parameters(), lr=rate, weight_decay=0.0) for name, rate in rates.items()
@@ -215,11 +227,11 @@ def train(
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / settings.warmup_steps))
         for optimizer in optimizers.values()
     ]
-    for number in range(settings.rollouts):
+    for number in range(1, settings.rollouts + 1):
         texts = [next(prompts) for _ in range(settings.completions)]
         rollout = sample(models["policy"], tokenizer, texts, settings.max_new_tokens)
         rollout, figures = judge(rollout, models, tokenizer.eos_token_id, settings)
-        print(f"rollout {number + 1}/{settings.rollouts}", *(f"{name} {value:.3f}" for name, value in figures.items()))
+        on_rollout(number, figures)
         tokens = rollout.mask.sum().item() * settings.batch_size / settings.completions
         for _ in range(settings.epochs):
             for index in torch.arange(settings.completions).split(settings.batch_size):
