@@ -1,15 +1,19 @@
 """What `docs/grpo.md` says of the variants of GRPO: which are the same, and what each changes in the gradient."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
+from trl import GRPOConfig
 
 from pipeline.rl.grpo import GRPOTrainer
 from tests.helpers import ppo_toy as toy
+from tests.helpers.small_model import ROOT
 from tests.rl.test_grpo import trainer
 
 Batch = dict[str, Any]
@@ -166,3 +170,15 @@ def test_updates_on_the_same_rollout_count_as_steps(tmp_path: Path) -> None:
         run.train()
     assert len(questions[1]) == 3 * 4
     assert questions[1] == questions[4]
+
+
+def test_the_lines_of_the_page_are_accepted(tmp_path: Path) -> None:
+    table = (ROOT / "docs/grpo.md").read_text(encoding="utf-8").split("## YAML")[1].split("## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) == 9
+    for row in rows:
+        settings: dict[str, Any] = {}
+        for line in re.findall(r"`(\w+: \S+)`", row):
+            settings |= yaml.safe_load(line)
+        args = GRPOConfig(output_dir=str(tmp_path), report_to="none", bf16=False, **settings)
+        assert settings and all(getattr(args, name) == value for name, value in settings.items()), row
