@@ -14,7 +14,6 @@ where it was.
 """
 
 import argparse
-import gc
 import json
 import resource
 import shutil
@@ -176,8 +175,6 @@ def measure(run: Path, folder: Path, split: str, beginning: str = "") -> Line:
         for name in result.metrics
     }
     estimates = {name: estimate.to_json() for name, estimate in result.metrics.items()}
-    del model, chat
-    gc.collect()
     return {"metrics": estimates, "words": round(words, 2), "outcomes": outcomes}
 
 
