@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Literal
 
 from pipeline.errors import Problem
-from pipeline.evaluation.intervals import Estimate, mean_difference, over_seeds
+from pipeline.evaluation.intervals import Estimate, confidence_of_each, mean_difference, over_seeds, simultaneous
 from pipeline.evaluation.metric_info import metric_info, metric_order
 from pipeline.evaluation.results import Outcomes, StageResult
 from pipeline.report.load import Run, stage_info
@@ -179,19 +179,25 @@ def note_other_settings(pairs: Pairs) -> list[str]:
     return notes
 
 
-def compare(pairs: Pairs) -> Changes:
-    """Return the difference of every metric that all runs have, as stage -> metric -> estimate."""
+def compare(pairs: Pairs, tests: int = 1) -> Changes:
+    """Return the difference of every metric that all runs have, as stage -> metric -> estimate.
+
+    Args:
+        pairs: The runs, in pairs of the same seed.
+        tests: How many differences a conclusion is drawn from. The intervals are so wide that all of them hold together
+            with 95%, not each.
+    """
     results = [(_metrics_of(run), _metrics_of(other)) for run, other in pairs]
     changes: Changes = {}
     for stage, metric in results[0][0]:
         if not all((stage, metric) in side for pair in results for side in pair):
             continue
-        by_seed = [_difference(ours[stage, metric], theirs[stage, metric], metric) for ours, theirs in results]
-        if metric_info(metric).share:
-            mean = over_seeds(by_seed, -1.0, 1.0)
-        else:
-            mean = over_seeds(by_seed)
-        changes.setdefault(stage, {})[metric] = mean
+        bounds = (-1.0, 1.0) if metric_info(metric).share else (-math.inf, math.inf)
+        by_seed = []
+        for ours, theirs in results:
+            change = _difference(ours[stage, metric], theirs[stage, metric], metric)
+            by_seed.append(simultaneous(change, tests, *bounds))
+        changes.setdefault(stage, {})[metric] = over_seeds(by_seed, *bounds, tests=tests)
     return changes
 
 
@@ -221,11 +227,12 @@ def _metrics_of(run: Run) -> dict[tuple[str, str], StageResult]:
     return results
 
 
-def format_table(pairs: Pairs, changes: Changes) -> str:
-    """Format the differences, one per line, with the means of both sides over the seeds."""
+def format_table(pairs: Pairs, changes: Changes, tests: int = 1) -> str:
+    """Format the differences, one per line, with the means of both sides over the seeds; `tests` as for `compare`."""
     row = "  {:<32} {:>9} {:>9} {:>9}  {:<18} {}"
     lines = [f"{name}: {', '.join(str(pair[side].path) for pair in pairs)}" for side, name in enumerate("AB")]
-    lines.append(row.format("", "A", "B", "A - B", "95% interval", "").rstrip())
+    percent = f"{100 * confidence_of_each(tests):.6g}%"
+    lines.append(row.format("", "A", "B", "A - B", f"{percent} interval", "").rstrip())
     for stage, by_metric in changes.items():
         lines.append(stage)
         for metric, change in by_metric.items():
@@ -238,9 +245,13 @@ def format_table(pairs: Pairs, changes: Changes) -> str:
             ends = interval(change, info.digits, sign=True)
             verdict = judge(metric, change).replace("same", "")
             lines.append(row.format(info.label, *means, difference, ends, verdict).rstrip())
-    # One in twenty 95% intervals misses the truth.
     total = sum(map(len, changes.values()))
-    lines.append(f"Without any true difference, about {total / 20:.0f} of {total} would be better or worse by chance.")
+    if tests == 1:
+        # One in twenty 95% intervals misses the truth.
+        by_chance = f"about {total / 20:.0f} of {total} would be better or worse by chance."
+    else:
+        by_chance = f"one or more of {tests} such intervals would miss 0 in 5% of cases."
+    lines.append(f"Without any true difference, {by_chance}")
     missing = []
     for stage, metric in dict.fromkeys(name for pair in pairs for run in pair for name in _metrics_of(run)):
         if metric not in changes.get(stage, {}):

@@ -130,6 +130,20 @@ def test_seeds_that_differ_widen_the_interval(tmp_path: Path) -> None:
     assert (difference.value, difference.low, difference.high) == pytest.approx((0.1, 0.1 - half, 0.1 + half), abs=1e-4)
 
 
+def test_the_intervals_of_twenty_comparisons_are_wider(tmp_path: Path, run_compare: Compare) -> None:
+    outcomes = coins(0)
+    a = make_run(tmp_path / "a", 0, shifted(outcomes, 0.04))
+    b = make_run(tmp_path / "b", 0, outcomes)
+    _, alone, err = run_compare(a, "--against", b)
+    assert "better" in err.replace("better or worse by chance", "") and "95% interval" in err
+    _, of_twenty, err = run_compare(a, "--against", b, "--tests", 20)
+    assert "better" not in err and "99.75% interval" in err
+    assert "one or more of 20 such intervals would miss 0 in 5% of cases" in err
+    alone, of_twenty = alone["2_sft"]["pass@1"], of_twenty["2_sft"]["pass@1"]
+    assert alone["value"] == of_twenty["value"] and of_twenty["tests"] == 20
+    assert of_twenty["ci95"][0] < 0 < alone["ci95"][0]
+
+
 def test_without_a_difference_the_interval_contains_0(tmp_path: Path) -> None:
     """The model answers each row right with the same probability under both recipes; seeds vary in both."""
     rng = np.random.default_rng(0)
@@ -197,6 +211,7 @@ def test_rows_with_the_same_number_and_another_content_are_other_rows(tmp_path: 
         (["RUN"], "the following arguments are required: --against"),
         (["RUN", "--against", "missing"], "RUN: missing: no such directory"),
         (["RUN", "--against", "OTHER"], "--against: OTHER: has no figure in common with RUN"),
+        (["RUN", "--against", "RUN", "--tests", "0"], "--tests: 0: is not a number of comparisons; give 1 or more"),
         (["RUN", "--against", "RUN", "--output", "RUN"], "--output: RUN: is a directory"),
         (["RUN", "--against", "RUN", "--output", "RUN/run.json/x"], "--output: RUN/run.json: is not a directory"),
     ],
