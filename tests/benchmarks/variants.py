@@ -155,7 +155,7 @@ def measure(run: Path, folder: Path, split: str, beginning: str = "") -> Line:
     from pipeline.evaluation import metrics
     from pipeline.evaluation.results import StageResult
     from pipeline.models.loading import load_model
-    from pipeline.rewards.grading import grade_rows
+    from pipeline.rewards.graders import grade_rows
     from pipeline.tools.chat_model import ChatModel
 
     data = load_dataset("parquet", data_files=str(run / f"data/reasoning/{split}.parquet"), split="train")
