@@ -271,7 +271,7 @@ def confidence_of_each(tests: int) -> float:
 
 
 def over_seeds(
-    runs: Sequence[Estimate], lowest: float = -math.inf, highest: float = math.inf, tests: int = 1
+    runs: Sequence[Estimate], lowest: float = -math.inf, highest: float = math.inf, *, tests: int = 1
 ) -> Estimate:
     """Estimate the mean of a metric, which lies between `lowest` and `highest`, over runs of different seeds.
 

@@ -111,7 +111,7 @@ def test_a_visitor_logs_in_votes_and_watches_a_rollout(browser: Any, address: st
     assert [vote["annotator"] for vote in votes] == ["kim"]
     until(browser, lambda: browser.find_element(By.ID, "rollout-prompt").get_property("value"))
     browser.execute_script("document.getElementById('rollout-go').click()")
-    until(browser, lambda: len(browser.find_elements(By.CSS_SELECTOR, "#rollout-shown section")) == 4)
+    until(browser, lambda: len(browser.find_elements(By.CSS_SELECTOR, "#rollout-shown section")) == 5)
 
 
 def test_the_page_stays_empty_in_a_frame(browser: Any, address: str) -> None:
