@@ -152,6 +152,12 @@ def endless_problems(run: Path, tokenizer: PreTrainedTokenizerBase, seed: int) -
         yield from problems
 
 
+def correct(answers: list[str], references: list[str]) -> list[float]:
+    """Return 1.0 for each answer that ends with its reference, and 0.0 for the others."""
+    rewards = exact_answer(answers, references)
+    return [1.0 if reward == 1.0 else 0.0 for reward in rewards]
+
+
 def main() -> None:
     """Train the policy of a run, and save it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -165,7 +171,7 @@ def main() -> None:
     # In evaluation mode: dropout would move ratios away from 1.
     policy = AutoModelForCausalLM.from_pretrained(args.run / "3_ppo").eval()
     problems = endless_problems(args.run, tokenizer, args.seed)
-    train(policy, tokenizer, problems, exact_answer, Settings(steps=args.steps))
+    train(policy, tokenizer, problems, correct, Settings(steps=args.steps))
     policy.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
+from datasets import Dataset
 from transformers import AutoModelForSequenceClassification
 
 from pipeline.__main__ import COMMANDS, build_parser, main
@@ -30,7 +31,6 @@ from pipeline.tools.environments import ENVIRONMENTS
 from pipeline.tools.functions import TOOLS
 from pipeline.tools.loading import ToolArguments
 from recipes import grpo
-from tests.helpers.files import write_rows
 from tests.helpers.forked import run_forked
 from tests.helpers.small_model import ROOT, conversation, save_model, save_tokenizer
 from tests.test_layers import LAYERS
@@ -210,11 +210,10 @@ def test_the_python_of_the_page_about_ppo_runs_on_a_cpu_without_bf16(tmp_path: P
     judge = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
     judge.save_pretrained(tmp_path / "runs/pocket/3_reward")
     save_tokenizer(tmp_path / "runs/pocket/3_reward")
-    data = tmp_path / "runs/pocket/data"
-    data.mkdir()
-    write_rows(data / "prompts.jsonl", [{"prompt": conversation(f"What is {i}?", "")[:1]} for i in range(8)])
-    split = "  - split: train\n    path: prompts.jsonl\n"
-    (data / "README.md").write_text(f"---\nconfigs:\n- config_name: preferences\n  data_files:\n{split}---\n")
+    preferences = tmp_path / "runs/pocket/data/preferences"
+    preferences.mkdir(parents=True)
+    prompts = [conversation(f"What is {i}?", "")[:1] for i in range(8)]
+    Dataset.from_dict({"prompt": prompts}).to_parquet(preferences / "train.parquet")
     (python,) = blocks(ROOT / "docs/ppo.md", "python")
     machine = "import torch\ntorch.cpu.get_capabilities = dict\n"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
