@@ -17,7 +17,7 @@ from pathlib import Path
 from pipeline.errors import UserError, exit_on_user_error, refuse
 from pipeline.evaluation.intervals import Estimate, confidence_of_each
 from pipeline.evaluation.metric_info import metric_info
-from pipeline.report.differences import check_rows, compare, judge, pair_by_seed
+from pipeline.report.differences import check_rows, compare, judge_change, pair_by_seed
 from pipeline.report.load import load_runs
 from pipeline.report.seeds import find_seeds
 from pipeline.report.text import interval, signed, visible
@@ -66,7 +66,7 @@ def rank(hand_ins: Sequence[Path], teacher: Path, stage: str, metric: str) -> li
         if change is None:
             rejected.append(Place(name, None, f"has no {metric} of {stage}"))
         else:
-            compared.append((change.value, Place(name, change, judge(metric, change))))
+            compared.append((change.value, Place(name, change, judge_change(metric, change))))
     compared.sort(key=lambda entry: entry[0], reverse=metric_info(metric).better != "down")
     return [place for _, place in compared] + rejected
 

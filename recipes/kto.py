@@ -22,26 +22,35 @@ bad ones.
 from trl import ModelConfig
 
 from pipeline.data.arguments import DataArguments
+from pipeline.training.custom_trainer import TrainerArguments, load_trainer
 from pipeline.training.entry import run
 from pipeline.training.preference_config import KTOConfig
 
 
-def main(data_args: DataArguments, training_args: KTOConfig, model_args: ModelConfig) -> None:
+def main(
+    data_args: DataArguments,
+    training_args: KTOConfig,
+    model_args: ModelConfig,
+    trainer_args: TrainerArguments,
+) -> None:
     from trl import get_peft_config
 
     from pipeline.models.adapters import starting_model
+    from pipeline.models.kernels.quantized import quantization_config
     from pipeline.training.fine_tuning import KTOTrainer
     from pipeline.training.inputs import load_inputs
     from pipeline.training.train import run_callbacks, train_and_save
 
+    trainer_class = load_trainer(trainer_args.trainer, KTOTrainer)
     tokenizer, train_dataset, eval_dataset = load_inputs("unpaired", data_args, training_args, model_args)
-    trainer = KTOTrainer(
+    trainer = trainer_class(
         model=starting_model(model_args, training_args),
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
+        quantization_config=quantization_config(model_args, training_args),
         callbacks=run_callbacks(training_args),
         attn_implementation=model_args.attn_implementation,
     )

@@ -20,6 +20,7 @@ from trl import ModelConfig
 from pipeline.data.arguments import DataArguments
 from pipeline.rl.arguments import PPORewardArguments
 from pipeline.rl.ppo_config import PPOConfig
+from pipeline.training.custom_trainer import TrainerArguments, load_trainer
 from pipeline.training.entry import run
 
 
@@ -28,19 +29,22 @@ def main(
     reward_args: PPORewardArguments,
     training_args: PPOConfig,
     model_args: ModelConfig,
+    trainer_args: TrainerArguments,
 ) -> None:
     from trl import get_peft_config
 
     from pipeline.models.adapters import starting_model
+    from pipeline.models.kernels.quantized import quantization_config
     from pipeline.rl.arguments import load_rl_inputs
     from pipeline.rl.ppo import PPOTrainer
     from pipeline.tools.loading import load_environment, load_tools
     from pipeline.training.train import run_callbacks, train_and_save
 
+    trainer_class = load_trainer(trainer_args.trainer, PPOTrainer)
     reward_funcs, tokenizer, train_dataset, eval_dataset = load_rl_inputs(
         data_args, reward_args, training_args, model_args
     )
-    trainer = PPOTrainer(
+    trainer = trainer_class(
         model=starting_model(model_args, training_args),
         reward_funcs=reward_funcs,
         args=training_args,
@@ -49,6 +53,7 @@ def main(
         processing_class=tokenizer,
         value_model=reward_args.value_model_path,
         peft_config=get_peft_config(model_args),
+        quantization_config=quantization_config(model_args, training_args),
         tools=load_tools(reward_args.tools),
         environment_factory=load_environment(reward_args.environment),
         value_use_peft=reward_args.value_use_peft,

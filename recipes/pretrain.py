@@ -22,10 +22,9 @@ accelerate launch --config_file accelerate_config.yaml -m recipes.pretrain \
 ```
 """
 
-from functools import partial
-
 from pipeline.data.arguments import DataArguments
 from pipeline.models.scratch import ScratchArguments, build_model, log_model
+from pipeline.training.custom_trainer import TrainerArguments, load_trainer
 from pipeline.training.entry import run
 from pipeline.training.optimizer import OptimizerArguments
 from pipeline.training.pretraining import PretrainConfig
@@ -36,6 +35,7 @@ def main(
     training_args: PretrainConfig,
     model_args: ScratchArguments,
     optimizer_args: OptimizerArguments,
+    trainer_args: TrainerArguments,
 ) -> None:
     from pipeline.data.packing import PackedBlocks
     from pipeline.data.streams import pack_splits
@@ -44,19 +44,20 @@ def main(
     from pipeline.training.pretraining import PretrainTrainer, adapt_to_machine, bits_per_byte, sequence_losses
     from pipeline.training.train import run_callbacks, train_and_save
 
+    trainer_class = load_trainer(trainer_args.trainer, PretrainTrainer)
     tokenizer, *documents = load_inputs("text", data_args, training_args, model_args)
     model = build_model(model_args, tokenizer, training_args.seed)
     log_model(model)
     train_dataset, eval_dataset = pack_splits(documents, tokenizer, training_args, data_args)
     adapt_to_machine(training_args, model, train_dataset)
-    trainer = PretrainTrainer(
+    trainer = trainer_class(
         model=model,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         data_collator=PackedBlocks(tokenizer.bos_token_id, tokenizer.eos_token_id),
-        compute_metrics=partial(bits_per_byte, tokenizer),
+        compute_metrics=lambda prediction: bits_per_byte(tokenizer, prediction),
         preprocess_logits_for_metrics=sequence_losses,
         optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(training_args, optimizer_args),
         callbacks=run_callbacks(training_args),

@@ -19,6 +19,7 @@ accepts it as a reward model.
 from trl import ModelConfig, RewardConfig
 
 from pipeline.data.arguments import DataArguments
+from pipeline.training.custom_trainer import TrainerArguments, load_trainer
 from pipeline.training.entry import run
 from pipeline.training.optimizer import OptimizerArguments
 from pipeline.training.token_loss import TokenLossArguments
@@ -30,39 +31,34 @@ def main(
     model_args: ModelConfig,
     optimizer_args: OptimizerArguments,
     loss_args: TokenLossArguments,
+    trainer_args: TrainerArguments,
 ) -> None:
     from trl import get_peft_config
 
     from pipeline.models.adapters import starting_model
-    from pipeline.models.kernels.attention import choose_attention
-    from pipeline.models.kernels.token_trees import share_beginnings
-    from pipeline.training.fine_tuning import RewardTrainer
+    from pipeline.models.kernels.quantized import quantization_config
+    from pipeline.training.fine_tuning import RewardTrainer, choose_kernels
     from pipeline.training.inputs import load_inputs
     from pipeline.training.optimizer import optimizer_cls_and_kwargs
     from pipeline.training.train import run_callbacks, train_and_save
 
+    trainer_class = load_trainer(trainer_args.trainer, RewardTrainer)
     tokenizer, train_dataset, eval_dataset = load_inputs("preference", data_args, training_args, model_args)
     # With this type, PEFT also trains and saves the score head, which is new.
     model_args.lora_task_type = "SEQ_CLS"
-    trainer = RewardTrainer(
+    trainer = trainer_class(
         model=starting_model(model_args, training_args),
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
+        quantization_config=quantization_config(model_args, training_args),
         optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(training_args, optimizer_args),
         callbacks=run_callbacks(training_args),
     )
     trainer.token_loss_coef = loss_args.token_loss_coef
-    requested = model_args.attn_implementation
-    on_cpu = training_args.device.type == "cpu"
-    if requested or not on_cpu:
-        choose_attention(trainer.model, requested)
-    if on_cpu:
-        # Without a limit, texts may be long.
-        is_short = 0 < (training_args.max_length or 0) <= 512
-        share_beginnings(trainer.model, short=is_short and not requested)
+    choose_kernels(trainer, model_args.attn_implementation)
     train_and_save(trainer)
 
 

@@ -82,8 +82,8 @@ def test_modules_of_the_working_folder_do_not_shadow_ours(tmp_path: Path) -> Non
     script.write_text(
         f"import sys\nfrom {module} import {function}\n"
         f"try:\n    sys.exit({function}())\nfinally:\n    import json, recipes, my_rewards; print(recipes.__file__)\n"
-        "    from pipeline.rewards.loading import load_function\n"
-        "    print(load_function('hidden_taste', '').__code__.co_filename)\n"
+        "    from pipeline.rewards.loading import load_reward\n"
+        "    print(load_reward('hidden_taste', '').__code__.co_filename)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(script), "--help"]

@@ -372,7 +372,9 @@ def test_only_settings_that_affect_the_weights_must_stay_the_same(tmp_path: Path
         assert output_directory.check_output_directory([arguments(**change)])
     default = arguments(weight_decay=0.5, bf16=True)
     assert "bf16 was False" in str(output_directory.check_output_directory([default])[0])
-    assert "bf16" not in str(output_directory.check_output_directory([default], machine={"bf16"})[0]), "another machine"
+    assert "bf16" not in str(output_directory.check_output_directory([default], machine_fields={"bf16"})[0]), (
+        "another machine"
+    )
 
 
 def test_the_end_of_one_process_is_reported_by_it_alone() -> None:

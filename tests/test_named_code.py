@@ -18,7 +18,7 @@ from pipeline.app.prompts import evaluation_settings, held_out_prompts, loadable
 from pipeline.data.sources import open_source
 from pipeline.errors import UserError
 from pipeline.models.tokenizer import train_tokenizer
-from pipeline.rewards.loading import load_function, only_trusted
+from pipeline.rewards.loading import load_reward, only_trusted
 from tests.helpers.refusals import refused
 from tests.helpers.small_model import TEXT, save_model, save_tokenizer
 
@@ -75,6 +75,7 @@ def downloaded(tmp_path: Path, marker: Path) -> Path:
     save_tokenizer(run / "4_grpo")
     names = {"tools": ["stranger:act"], "environment": "stranger:Game", "reward_funcs": ["stranger:act"]}
     arguments = {**names, "output_dir": str(run / "4_grpo"), "dataset_name": str(run / "data.jsonl")}
+    arguments["trainer"] = "stranger:Game"
     (run / "4_grpo" / "arguments.json").write_text(json.dumps(arguments))
     problem = {"prompt": [{"role": "user", "content": "What is 12?"}], "answer": "12"}
     (run / "data.jsonl").write_text(f"{json.dumps(problem)}\n" * 40)
@@ -111,7 +112,7 @@ def test_a_downloaded_tool_of_an_installed_package_is_not_called(downloaded: Pat
     with only_trusted([]):
         assert loadable_tools(downloaded) == {}
         with pytest.raises(UserError, match=r"--trust torch\.hub:download_url_to_file"):
-            load_function("torch.hub:download_url_to_file", "tools")
+            load_reward("torch.hub:download_url_to_file", "tools")
 
 
 def test_built_in_names_need_no_trust(downloaded: Path) -> None:
@@ -120,8 +121,8 @@ def test_built_in_names_need_no_trust(downloaded: Path) -> None:
     (downloaded / "run.json").unlink()
     with only_trusted([]):
         assert loadable_tools(downloaded) == {"problems": {"tools": ["calculator"]}}
-        assert load_function("math_answer", "reward_funcs")
-        assert load_function("hidden_taste", "reward_funcs"), "content of `recipes/` is built in as well"
+        assert load_reward("math_answer", "reward_funcs")
+        assert load_reward("hidden_taste", "reward_funcs"), "content of `recipes/` is built in as well"
 
 
 @pytest.mark.parametrize("command", [["status"], ["report"], ["compare"], ["push", "--dry-run", "--repo_id", "a/b"]])

@@ -25,7 +25,7 @@ from pipeline.evaluation import harness
 from pipeline.evaluation.checks import check
 from pipeline.evaluation.evaluate_yaml import RunFacts, complete
 from pipeline.preferences.judges import load_judge
-from pipeline.rewards.loading import load_function
+from pipeline.rewards.loading import load_reward
 from pipeline.rewards.table import REWARDS
 from pipeline.tools.environments import ENVIRONMENTS
 from pipeline.tools.functions import TOOLS
@@ -185,7 +185,7 @@ def test_rewards_and_judges_are_as_the_pages_write_them(tmp_path: Path, monkeypa
     monkeypatch.syspath_prepend(str(tmp_path))
     answers = [conversation("What is 1 + 1?", answer)[1:] for answer in ("2", "I think that it is 2.")]
     for name in ("short", "brevity"):
-        reward = load_function(f"of_the_pages:{name}", "reward_funcs")
+        reward = load_reward(f"of_the_pages:{name}", "reward_funcs")
         better, worse = reward(completions=answers, prompts=[[], []], answer=["2", "2"], source=["", ""])
         assert better > worse
     row = {"prompt": conversation("What is 1 + 1?", "")[:1]}
@@ -214,7 +214,7 @@ def test_the_python_of_the_page_about_ppo_runs_on_a_cpu_without_bf16(tmp_path: P
     preferences.mkdir(parents=True)
     prompts = [conversation(f"What is {i}?", "")[:1] for i in range(8)]
     Dataset.from_dict({"prompt": prompts}).to_parquet(preferences / "train.parquet")
-    (python,) = blocks(ROOT / "docs/ppo.md", "python")
+    python, _ = blocks(ROOT / "docs/ppo.md", "python")
     machine = "import torch\ntorch.cpu.get_capabilities = dict\n"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", machine + python]

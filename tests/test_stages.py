@@ -21,7 +21,7 @@ from pipeline.report.load import load_run
 from pipeline.report.page import render
 from pipeline.report.path_picture import headline, path_boxes
 from pipeline.runner.plan import read_plan
-from pipeline.stages import STAGES
+from pipeline.stages import STAGES, kind_in_name, stage_order
 from pipeline.stages.kinds import Box, Card, LoggedChart, StageKind
 from tests.helpers.fake_run import write_run
 from tests.helpers.small_model import ROOT
@@ -195,3 +195,17 @@ def test_one_file_names_the_title_of_a_stage() -> None:
         if path.parent != ROOT / "pipeline" / "stages":
             content = path.read_text()
             assert not [text for text in texts if text in content], path
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("2_sft", "sft"), ("10_sft_again", "sft"), ("sft", "sft"), ("4_my_model", "my_model"), ("other", "other")],
+)
+def test_the_name_of_a_stage_says_its_kind(name: str, kind: str) -> None:
+    assert kind_in_name(name) == kind
+
+
+def test_stages_are_in_the_order_of_training() -> None:
+    names = ["4_grpo", "2000_sft", "3_ppo", "3_mine", "other", "3_reward", "10_later", "2_sft", "0_random"]
+    expected = ["0_random", "2_sft", "3_reward", "3_ppo", "3_mine", "4_grpo", "10_later", "2000_sft", "other"]
+    assert sorted(names, key=stage_order) == expected

@@ -14,13 +14,14 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline import hardware
-from pipeline.config.output_directory import recorded_template
+from pipeline.config.output_directory import recorded_template_kwargs
 from pipeline.errors import Problem, UserError
 from pipeline.files import holds_model
 from pipeline.models.generation import Messages, encode_prompts, end_tokens
 from pipeline.models.kernels.sampler import accepts_argument
 from pipeline.models.loading import load_model
-from pipeline.report.load import stage_info, stage_order
+from pipeline.report.load import stage_info
+from pipeline.stages import stage_order
 from pipeline.tools.dialogue import Dialogue, Message, Tools, answer_calls, read_turn, readable
 from pipeline.tools.loading import Toolbox
 
@@ -262,7 +263,7 @@ def load(path: str, option: str, name: str = "") -> Loaded:
     if model.device.type == "cpu":
         model.float().set_attn_implementation("eager")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-    return Loaded(name, model, tokenizer, context, recorded_template(path))
+    return Loaded(name, model, tokenizer, context, recorded_template_kwargs(path))
 
 
 class Models:

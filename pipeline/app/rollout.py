@@ -155,6 +155,9 @@ def _prompt_event(about: str, policy: Loaded, settings: Values, row: Values) -> 
     """Return the first step: the prompt of a row, as a tool or an environment of the stage completes it."""
     toolbox = load_toolbox(settings, policy.tokenizer)
     dialogue = policy.open(row, toolbox, settings.get("chat_template_kwargs") or {})
+    if settings.get("trainer"):
+        # To import the trainer is to run code that only a file of the run names.
+        about += f" The stage was trained with {settings['trainer']}; a subclass of the trainer shown here."
     facts = [f"{len(dialogue.prompt)} tokens"]
     messages = row["prompt"]
     if toolbox:

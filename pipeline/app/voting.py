@@ -44,6 +44,7 @@ from pipeline.preferences.judges import match_by_taste, score
 from pipeline.report.load import win_rates
 from pipeline.report.text import number, visible
 from pipeline.rewards.grading import is_gradable
+from pipeline.stages import stage_order
 
 logger = logging.getLogger(__name__)
 
@@ -327,7 +328,7 @@ class Voting:
     @cached_property
     def reward_model(self) -> Any:
         """The run's reward model with its tokenizer, None if none can be loaded."""
-        for folder in sorted(self.site.run.glob("[0-9]*_reward*")):
+        for folder in sorted(self.site.run.glob("[0-9]*_reward*"), key=lambda folder: stage_order(folder.name)):
             with suppress(UserError, OSError, ValueError):
                 return load_model(str(folder), "RUN", reward=True)
         return None

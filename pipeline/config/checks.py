@@ -1,12 +1,17 @@
-"""Checks of field values: ranges, choices, and fields that contradict each other."""
+"""Checks of field values: ranges, choices, and fields that contradict each other.
+
+Each check returns problems, whose remedy continues the sentence "FIELD: VALUE: ...": "must be at least 1, or -1 for no
+limit". `pipeline.config.parser` calls the first four before the argument dataclasses are built, with the fields that
+the user has set, and `check_together` afterwards.
+"""
 
 import dataclasses
+import importlib.util
 import json
-import math
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import DynamoBackend, GradientAccumulationPlugin
@@ -18,28 +23,47 @@ from pipeline.errors import Problem, as_typed
 from pipeline.files import STATE, as_list, is_missing_path, read_json, split_revision
 from pipeline.files.bounded import MAX_LAYERS
 
-Range = tuple[Callable[[Any], bool], str]
+
+class Range(NamedTuple):
+    """The values that a numeric field may have.
+
+    Attributes:
+        contains: Whether a number is one of them.
+        remedy: What a message about any other number says.
+    """
+
+    contains: Callable[[Any], bool]
+    remedy: str
+
 
 LARGEST = 2**53
-"""Upper bound of every number: floats represent every whole number below it."""
+"""Every number must be below this: floats represent every whole number up to it, but not all above it."""
 
 
 def _at_least(low: float, end: float = LARGEST) -> Range:
+    """Return the range that begins with `low` and ends before `end`."""
     bound = f"{end:g}" if end < LARGEST else "2^53"
-    return lambda value: low <= value < end, f"must be a number of at least {low:g}, below {bound}"
+    return Range(lambda value: low <= value < end, f"must be a number of at least {low:g}, below {bound}")
 
 
-def _above(low: float, high: float = LARGEST) -> Range:
-    bound = f"at most {high:,}" if high < LARGEST else "below 2^53"
-    return lambda value: low < value <= high, f"must be a number above {low:g}, {bound}"
+def _above(low: float, high: float | None = None) -> Range:
+    """Return the range that begins after `low` and ends with `high`, or before `LARGEST` if `high` is None."""
+    if high is None:
+        return Range(lambda value: low < value < LARGEST, f"must be a number above {low:g}, below 2^53")
+    return Range(lambda value: low < value <= high, f"must be a number above {low:g}, at most {high:,}")
 
 
 def _between(low: float, high: float) -> Range:
-    return lambda value: low <= value <= high, f"must be between {low:,} and {high:,}"
+    """Return the range that begins with `low` and ends with `high`."""
+    return Range(lambda value: low <= value <= high, f"must be between {low:,} and {high:,}")
 
 
 def for_each_name(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Split the keys of a table, each of which is several names with spaces between them."""
+    """Return a table with an entry for each name, from a table whose keys are several names each.
+
+    Example:
+        {"bf16 fp16": True} -> {"bf16": True, "fp16": True}
+    """
     return {name: value for names, value in table.items() for name in names.split()}
 
 
@@ -52,7 +76,7 @@ RANGES: dict[str, Range] = for_each_name(
         "block_size max_length samples_per_prompt": _at_least(2),
         "adam_beta1 adam_beta2 label_smoothing_factor lora_dropout min_p": _at_least(0, 1),
         "local_rank": _at_least(-1),
-        "max_steps": (lambda value: value == -1 or 1 <= value < LARGEST, "must be at least 1, or -1 for no limit"),
+        "max_steps": Range(lambda value: value == -1 or 1 <= value < LARGEST, "must be at least 1, or -1 for no limit"),
         "rope_theta initializer_range lora_alpha num_train_epochs eval_steps save_steps epsilon delta "
         "neftune_noise_alpha epsilon_high cliprange cliprange_value sapo_temperature_neg sapo_temperature_pos "
         "vllm_server_timeout": _above(0),
@@ -75,15 +99,18 @@ RANGES: dict[str, Range] = for_each_name(
         # More seconds overflow a timedelta.
         "ddp_timeout": _between(1, 10**9),
         "vllm_server_port vllm_group_port": _between(1, 65535),
-        "reward_weights": (math.isfinite, "must be numbers"),
+        "reward_weights": Range(lambda value: -LARGEST < value < LARGEST, "must be numbers between -2^53 and 2^53"),
     }
 )
-"""Sensible values of fields in any dataclass, and of list items. Any other number must be at least 0."""
+"""The values that numeric fields, or the items of lists, may have, in any dataclass. Fields that are not in this table
+must be at least 0."""
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "torch_compile_backend": tuple(backend.value.lower() for backend in DynamoBackend),
     "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     "lora_task_type": ("CAUSAL_LM", "SEQ_CLS"),
+    "bnb_4bit_quant_type": ("nf4", "fp4"),
+    "bnb_4bit_quant_storage": ("uint8", "float16", "bfloat16", "float32"),
     "include_num_input_tokens_seen": ("all", "non_padding", "no"),
     # A number is accepted as well.
     "pad_to_multiple_of": ("auto", "none"),
@@ -99,12 +126,12 @@ ROLLOUT_CHOICES: dict[str, tuple[str, ...]] = {
     "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
 }
-"""The same for `GRPOConfig`; other dataclasses have fields with these names but other values."""
+"""Further choices of `GRPOConfig`. Fields of other dataclasses with these names have other values."""
 
 UNSUPPORTED = for_each_name(
     {
         "trust_remote_code": "code from the Hub is never run here",
-        "load_in_8bit load_in_4bit": "quantised training is not supported",
+        "load_in_8bit": "is replaced by load_in_4bit",
         "model_init_kwargs": "is replaced by model_revision, attn_implementation and dtype",
         "dataset_text_field": "is replaced by messages_column",
         "completion_only_loss": "has no effect on conversations, use assistant_only_loss",
@@ -136,27 +163,31 @@ SWITCHES: dict[str, tuple[str, Any]] = for_each_name(
     {
         "muon_learning_rate": ("use_muon", True),
         "lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters": ("use_peft", True),
-        "lora_modules_to_save use_rslora use_dora value_use_peft": ("use_peft", True),
+        "lora_modules_to_save use_rslora use_dora value_use_peft load_in_4bit": ("use_peft", True),
+        "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage": ("load_in_4bit", True),
         "entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target": ("use_adaptive_entropy", True),
         "num_completions_to_print log_unique_prompts": ("log_completions", True),
         "sapo_temperature_neg sapo_temperature_pos": ("loss_type", "sapo"),
         "vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg": ("loss_type", "vespo"),
     }
 )
-"""Fields that only have an effect if another field has a certain value: field -> that other field and value."""
+"""Fields that only have an effect if another field, the switch, has a certain value: field -> (switch, value)."""
 
 
 def check_ranges(values: Mapping[str, Any]) -> list[Problem]:
-    """Return the numbers that are out of range. Other types, and most values of None, are left to the dataclass."""
+    """Return the numbers that are out of range; values of other types are left to the argument dataclass.
+
+    `values` are the fields that the user has set, by name.
+    """
     problems = []
     # The field's type allows null, but TRL fails with it.
     if "num_generations" in values and values["num_generations"] is None:
         problems.append(Problem("num_generations", "null", "must be set"))
     for name, value in values.items():
         numbers = [item for item in as_list(value) if isinstance(item, int | float) and not isinstance(item, bool)]
-        fits, remedy = RANGES.get(name, _at_least(0))
-        if not all(map(fits, numbers)):
-            problems.append(Problem(name, value, remedy))
+        allowed = RANGES.get(name, _at_least(0))
+        if not all(allowed.contains(number) for number in numbers):
+            problems.append(Problem(name, value, allowed.remedy))
     return problems
 
 
@@ -181,7 +212,8 @@ def check_text(values: Mapping[str, Any], hints: Mapping[str, Any], samples: boo
             problems.append(Problem(name, value, remedy))
         elif name in choices and any(text not in choices[name] for text in texts):
             problems.append(Problem(name, value, f"must be one of {', '.join(choices[name])}"))
-        # The libraries accept the path of a JSON file for some mappings, but not for keyword arguments.
+        # A mapping that is written as text is JSON. For some mappings, the libraries also accept the path of a JSON
+        # file, but not for keyword arguments.
         elif texts and "dict" in str(hints[name]) and (name.endswith("_kwargs") or value.startswith("{")):
             try:
                 if not isinstance(json.loads(value), dict):
@@ -192,7 +224,7 @@ def check_text(values: Mapping[str, Any], hints: Mapping[str, Any], samples: boo
 
 
 def check_supported(values: Mapping[str, Any]) -> list[Problem]:
-    """Return the options that this machine, the recipes, accelerate or torch do not support."""
+    """Return the fields, of those that the user has set, that this machine, the recipes or a library do not support."""
     problems = _check_precision(values)
     for name, setting in (("use_cpu", False), ("activation_offloading", True)):
         if values.get(name) is setting and hardware.accelerator() is None:
@@ -209,13 +241,18 @@ def check_supported(values: Mapping[str, Any]) -> list[Problem]:
 
 
 def _try_options(values: Mapping[str, Any]) -> list[Problem]:
-    """Try the options that would otherwise be rejected without naming a field, or only in training."""
+    """Return the mappings of options that a library rejects.
+
+    They are tried here, because the library itself would not name the field, or would only reject them in training.
+    """
     problems = []
     for name in ("accelerator_config", "gradient_checkpointing_kwargs"):
         value = values.get(name)
         try:
-            # transformers itself reads the path of a file, and says what is wrong.
-            options = json.loads(value) if isinstance(value, str) and value.startswith("{") else value
+            options = value
+            if isinstance(value, str) and value.startswith("{"):
+                options = json.loads(value)
+            # Any other text is the path of a file, which transformers reads, and whose mistakes it reports.
             if isinstance(options, dict) and name == "accelerator_config":
                 GradientAccumulationPlugin(**(AcceleratorConfig(**options).gradient_accumulation_kwargs or {}))
             elif isinstance(options, dict):
@@ -226,7 +263,7 @@ def _try_options(values: Mapping[str, Any]) -> list[Problem]:
 
 
 def _check_precision(values: Mapping[str, Any]) -> list[Problem]:
-    """Return the fields that ask for half precision which this machine lacks, or for two kinds of it."""
+    """Return the fields that ask for half precision that this machine does not have, or for two kinds of it."""
     problems = []
     best = hardware.precision()
     for name in ("bf16", "bf16_full_eval", "fp16", "fp16_full_eval", "dtype", "frozen_dtype"):
@@ -237,9 +274,10 @@ def _check_precision(values: Mapping[str, Any]) -> list[Problem]:
         elif value:
             # "bf16_full_eval" asks for bf16.
             precision = name[:4]
-        # Training in fp16 multiplies in fp16, with any dtype of the frozen weights.
-        is_cast = name == "frozen_dtype" and values.get("fp16", best.value == "fp16")
-        if precision is not None and not is_cast and not hardware.supports(precision):
+        # Training in fp16 converts frozen weights of any dtype to fp16 before it multiplies with them, so they need
+        # not be supported.
+        is_converted = name == "frozen_dtype" and values.get("fp16", best.value == "fp16")
+        if precision is not None and not is_converted and not hardware.supports(precision):
             remedy = f"not supported on this machine; omit it to use {best.value} ({best.reason})"
             problems.append(Problem(name, value, remedy))
     if values.get("bf16") and values.get("fp16"):
@@ -248,10 +286,18 @@ def _check_precision(values: Mapping[str, Any]) -> list[Problem]:
 
 
 def check_unused(values: Mapping[str, Any], kind: type, unused: Mapping[str, str]) -> list[Problem]:
-    """Return the fields of a dataclass with a non-default value that has no effect, and the reason from `unused`."""
+    """Return the fields without an effect that have another value than their default.
+
+    Args:
+        values: Values of fields, by name; the others have their defaults.
+        kind: The dataclass.
+        unused: Fields of this dataclass that have no effect, and why.
+    """
     problems = []
     for item in dataclasses.fields(kind):
-        default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+        default = item.default
+        if item.default_factory is not dataclasses.MISSING:
+            default = item.default_factory()
         if item.name in unused and values.get(item.name, default) != default:
             problems.append(Problem(item.name, values[item.name], f"has no effect: {unused[item.name]}; omit it"))
     return problems
@@ -271,6 +317,7 @@ def check_together(
     fields = _Fields(list(arguments), rejected, on_command_line)
     _check_steps(fields)
     _check_switches(fields)
+    _check_quantization(fields)
     _check_optimizer(fields)
     _check_evaluation(fields)
     _check_rows(fields)
@@ -293,7 +340,7 @@ class _Fields:
         return self.values.get(name, default)
 
     def reject(self, name: str, remedy: str) -> None:
-        """Report a field, unless it was reported before."""
+        """Add a problem with a field to `problems`, unless the field was rejected by an earlier check."""
         if name not in self.rejected:
             value = self.get(name)
             # Members of an enumeration are shown as users write them.
@@ -317,13 +364,28 @@ def _check_steps(fields: _Fields) -> None:
 
 
 def _check_switches(fields: _Fields) -> None:
-    """Report fields that have no effect, because the field that turns them on does not."""
+    """Report fields that have no effect because their switch (`SWITCHES`) is off."""
     for name, (switch, on) in SWITCHES.items():
         is_set = fields.get(name) != fields.defaults.get(name)
-        # With `--use_peft false`, the file's LoRA options need not be removed as well.
+        # With `--use_peft false` on the command line, the file's LoRA options need not be removed as well.
         is_excused = switch in fields.on_command_line and name not in fields.on_command_line
         if is_set and fields.get(switch) != on and not is_excused and switch not in fields.rejected:
             fields.reject(name, f"has no effect unless {switch} is {str(on).lower()}; set that, or omit it")
+
+
+def _check_quantization(fields: _Fields) -> None:
+    """Report what `load_in_4bit` cannot be combined with, and a missing bitsandbytes."""
+    if not fields.get("load_in_4bit"):
+        return
+    if fields.get("fsdp") or fields.get("deepspeed") or any(map(launch.is_sharded_by, launch.SHARDING)):
+        fields.reject("load_in_4bit", "layers with 4 bits cannot be split over processes; use ddp.yaml, or omit it")
+    if fields.get("use_vllm"):
+        fields.reject("use_vllm", "vLLM would sample from the base model in 16 bits; omit it, or load_in_4bit")
+    if fields.get("value_use_peft") is False:
+        fields.reject("value_use_peft", "a critic with 4 bits is only trained as an adapter; omit it, or load_in_4bit")
+    # Whoever corrects another fault by omitting load_in_4bit does not need the package.
+    if not fields.problems and importlib.util.find_spec("bitsandbytes") is None:
+        fields.reject("load_in_4bit", 'needs bitsandbytes; install it with pip install -e ".[qlora]"')
 
 
 def _check_optimizer(fields: _Fields) -> None:

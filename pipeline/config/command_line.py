@@ -1,4 +1,11 @@
-"""The command line of a recipe, whose words become the values that a YAML file would give; and `--help`."""
+"""The command line of a recipe: its options, which are the fields of the argument dataclasses, and its `--help`.
+
+The words after an option become a value as a YAML file would give it:
+
+    --max_steps 7                      {"max_steps": 7}
+    --packing                          {"packing": True}
+    --report_to wandb tensorboard      {"report_to": ["wandb", "tensorboard"]}
+"""
 
 import contextlib
 import dataclasses
@@ -14,16 +21,27 @@ from pipeline.config.recipe_folder import SHIPPED
 from pipeline.config.yaml_file import read_yaml
 from pipeline.errors import Problem
 
-SWITCH = dict.fromkeys(("true", "t", "yes", "y", "1"), True) | dict.fromkeys(("false", "f", "no", "n", "0"), False)
-"""Words that may follow a switch, in any case. A switch without a word is on."""
+SWITCH_WORDS = {
+    **dict.fromkeys(("true", "t", "yes", "y", "1"), True),
+    **dict.fromkeys(("false", "f", "no", "n", "0"), False),
+}
+"""Words, upper or lower case, that may follow an option for a bool. Without a word, it is True."""
 
 FLAGS = ("-h", "--help", "--help-all", "--help_all")
+"""Words that ask for help."""
 
 
 def read_command_line(arguments: Sequence[str], dataclass_types: Sequence[Any]) -> tuple[dict[str, Any], list[Problem]]:
-    """Return the options of a command line without `--config`, by field of the dataclasses, and what is wrong.
+    """Read the options of a command line.
 
-    An option is written with underscores or hyphens, and never abbreviated. Its words are parsed as YAML values are.
+    An option is written with underscores or hyphens, and never abbreviated.
+
+    Args:
+        arguments: Words of the command line, without `--config`.
+        dataclass_types: Argument dataclasses, whose fields are the options.
+
+    Returns:
+        The values that fit their fields, by field, and the problems of the others.
     """
     options, strays = _split_options(arguments)
     fields = {item.name: item for kind in dataclass_types for item in dataclasses.fields(kind) if item.init}
@@ -36,23 +54,16 @@ def read_command_line(arguments: Sequence[str], dataclass_types: Sequence[Any]) 
             problems.append(unknown_field(name, "".join(words[:1]), hints))
             strays += words[1:]
             continue
-        kinds = members(hints[name])
-        lists = [kind for kind in kinds if get_origin(kind) is list]
-        # A list is the usual value of a field if it is the first of its types.
-        is_list = bool(lists) and next(kind for kind in kinds if kind is not NoneType) in lists
-        without_word = fields[name].metadata.get("const", True if bool in kinds else None)
-        if not words and without_word is not None:
-            switched_on[name] = without_word
-        elif not words:
+        if words:
+            values[name], rest = _parse_words(words, hints[name])
+            strays += rest
+            continue
+        # As for the parsers of transformers, `const` is the value of an option without a word.
+        value_without_word = fields[name].metadata.get("const", True if bool in members(hints[name]) else None)
+        if value_without_word is None:
             problems.append(Problem(name, "''", f"must be {describe_type(hints[name])}"))
-        elif NoneType in kinds and words == ["null"]:
-            # This unsets a field that the file sets.
-            values[name] = None
-        elif is_list or (lists and len(words) > 1):
-            values[name] = [_from_word(word, members(get_args(lists[0])[0])) for word in words]
         else:
-            values[name] = _from_word(words[0], kinds)
-            strays += words[1:]
+            switched_on[name] = value_without_word
     converted, type_problems = read_values(values, dataclass_types)
     problems += [Problem("command line", word, "does not belong to any option; see --help") for word in strays]
     return converted | switched_on, type_problems + problems
@@ -62,9 +73,13 @@ def _split_options(arguments: Sequence[str]) -> tuple[dict[str, list[str]], list
     """Return the words that follow each option, by its field, and the words before the first option.
 
     If an option is repeated, the last one counts.
+
+    Example:
+        "a --max-steps 7 --packing" -> {"max_steps": ["7"], "packing": []}, ["a"]
     """
     options: dict[str, list[str]] = {}
     strays: list[str] = []
+    # The list that the next word belongs to.
     words = strays
     for argument in arguments:
         if not argument.startswith("--"):
@@ -78,14 +93,32 @@ def _split_options(arguments: Sequence[str]) -> tuple[dict[str, list[str]], list
     return options, strays
 
 
+def _parse_words(words: list[str], hint: Any) -> tuple[Any, list[str]]:
+    """Return the value that the words after an option stand for, and the words that are too many.
+
+    `words` is not empty. `hint` is the type of the field. The value may still be of another type.
+    """
+    kinds = members(hint)
+    if NoneType in kinds and words == ["null"]:
+        # This unsets a field that the file sets.
+        return None, []
+    lists = [kind for kind in kinds if get_origin(kind) is list]
+    first_kind = next(kind for kind in kinds if kind is not NoneType)
+    # For `list[str] | str`, one word is a list of one; for `str | list[str]`, it is a text.
+    if first_kind in lists or (lists and len(words) > 1):
+        item_kinds = members(get_args(lists[0])[0])
+        return [_from_word(word, item_kinds) for word in words], []
+    return _from_word(words[0], kinds), words[1:]
+
+
 def _from_word(word: str, kinds: Sequence[Any]) -> Any:
-    """Return the value that a word stands for in a field of these types, or the word itself if it fits none."""
+    """Return the value that a word stands for in a field that accepts these types, or the word itself if it is text."""
     for kind in kinds:
         for value in literal_values(kind):
             if str(value) == word:
                 return value
-    if bool in kinds and word.lower() in SWITCH:
-        return SWITCH[word.lower()]
+    if bool in kinds and word.lower() in SWITCH_WORDS:
+        return SWITCH_WORDS[word.lower()]
     for number in (int, float):
         if number in kinds:
             with contextlib.suppress(ValueError):
@@ -99,8 +132,8 @@ def describe_options(dataclass_types: Sequence[Any], module: str, everything: bo
     Args:
         dataclass_types: Argument dataclasses of the recipe.
         module: Module of the recipe, for the first line.
-        everything: Whether all options are described, with their types. Otherwise, only those of this project and those
-            in the YAML files of `recipes/` are.
+        everything: Whether all options are described, with their types. Otherwise, the help only describes fields that
+            this project defines or that a YAML file in `recipes/` sets.
     """
     items = [item for kind in dataclass_types for item in dataclasses.fields(kind) if item.init]
     names = _often_set(dataclass_types)
@@ -152,7 +185,10 @@ def _meaning(item: dataclasses.Field[Any]) -> str:
 
 
 def _format_option(item: dataclasses.Field[Any], meaning: str, notes: list[str], width: int) -> str:
-    """Return an option, its meaning and the notes behind it, in a column of its own."""
+    """Return an option of the help, wrapped at `width`: its name on the left, its meaning and its notes on the right.
+
+    --max_steps                  Number of steps (a whole number; default: -1)
+    """
     if item.default not in (None, "", dataclasses.MISSING):
         notes = [*notes, f"default: {item.default}"]
     if notes:

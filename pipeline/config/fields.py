@@ -1,4 +1,8 @@
-"""The fields of argument dataclasses, and the conversion of YAML and command line values to their types."""
+"""The fields of argument dataclasses, and the conversion of values to their types.
+
+Values come from a YAML file or the command line, as numbers, text, lists and so on. The type of a field is its type
+hint, such as `int | None` or `list[str]`.
+"""
 
 import contextlib
 import dataclasses
@@ -18,8 +22,8 @@ READ = ("model_name_or_path", "tokenizer_name_or_path", "dataset_name", "reward_
 REMOVED = {
     "kl_estimator": "PPO's penalty always uses k1 (k3 is logged as objective/kl_k3), and needs no field; omit it",
 }
-"""Fields of earlier releases, and what to do instead. They are rejected in a YAML file; a run that recorded one is as
-it would be without it."""
+"""Fields of earlier releases, and what to do instead. A YAML file with one is rejected; in the record of a run, one is
+ignored."""
 
 
 def argument_types(main: Callable[..., Any]) -> list[type]:
@@ -76,19 +80,20 @@ def read_values(values: Mapping[str, Any], dataclass_types: Sequence[Any]) -> tu
 
 
 def unknown_field(name: str, value: object, names: Iterable[str]) -> Problem:
-    """Return the problem for a field that is none of `names`, with what replaces it, or the nearest of them.
+    """Return the problem that a field is not one of `names`.
 
-    The first is for a field of an earlier release, the second for any other.
+    The remedy says what replaces a field of an earlier release. For any other field, it proposes the name most like it.
     """
     if name in REMOVED:
         return Problem(name, value, REMOVED[name])
     nearest = difflib.get_close_matches(name, list(names), n=1)
-    remedy = f"unknown field; did you mean `{nearest[0]}`?" if nearest else "unknown field; see --help for those known"
-    return Problem(name, value, remedy)
+    if nearest:
+        return Problem(name, value, f"unknown field; did you mean `{nearest[0]}`?")
+    return Problem(name, value, "unknown field; see --help for those known")
 
 
 def members(hint: Any) -> list[Any]:
-    """Return the types that a field accepts: the members of a union, or the type itself."""
+    """Return the types that a field accepts: [int, NoneType] for `int | None`, and [int] for `int`."""
     return list(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else [hint]
 
 
@@ -102,7 +107,11 @@ def literal_values(hint: Any) -> list[Any]:
 
 
 def _options(hint: Any) -> list[Any]:
-    """Return the members of a type, without `None`, and without a `str` that only stands for an enumeration."""
+    """Return the types that a field accepts apart from None.
+
+    transformers declares a field with an enumeration as `SaveStrategy | str`, although it only accepts the values of
+    the enumeration. That `str` is omitted as well.
+    """
     options = [member for member in members(hint) if member is not types.NoneType]
     if any(isinstance(member, EnumType) for member in options):
         return [member for member in options if member is not str]
@@ -127,29 +136,69 @@ def describe_type(hint: Any) -> str:
 
 
 def convert(value: Any, hint: Any) -> Any:
-    """Convert a value to the type of its field (1 to 1.0, one item to a list of one), or raise a `TypeError`."""
+    """Convert a value to the type of its field.
+
+    Example:
+        4.0 for `int` -> 4
+        2026 for `str` -> "2026"
+        "a" for `list[str]` -> ["a"]
+        5 for `str | int` -> 5, as a type that the value already has comes first
+
+    Args:
+        value: The value that the user gave.
+        hint: The type of the field.
+
+    Raises:
+        TypeError: If the field does not accept the value. The message says what it must be.
+    """
     if value is None and types.NoneType in members(hint):
         return None
-    # An exact match first: for `int | str`, 5 stays a number. For Python, True is a number as well.
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    fits = {
-        bool: isinstance(value, bool),
-        int: is_number and value == value // 1,
-        float: is_number,
-        # `run_name: 2026` means text, although YAML reads a number.
-        str: is_number or isinstance(value, str),
-        dict: isinstance(value, dict) or (isinstance(value, str) and value.startswith("{")),
-        list: False,
-    }
-    for kind in sorted(_options(hint), key=lambda kind: type(value) is not (get_origin(kind) or kind)):
-        origin = get_origin(kind) or kind
-        literals = literal_values(kind)
-        if origin is list and value is not None:
-            with contextlib.suppress(TypeError):
-                return [convert(item, get_args(kind)[0]) for item in as_list(value)]
-        elif value in literals:
-            return value
-        # Neither YAML nor a text is an instance of a dataclass, such as accelerate's `ParallelismConfig`.
-        elif not literals and fits.get(origin, not dataclasses.is_dataclass(origin)):
-            return origin(value) if origin in (int, str) else value
+    options = sorted(_options(hint), key=lambda option: type(value) is not _class_of(option))
+    for option in options:
+        with contextlib.suppress(TypeError):
+            return _convert_to_option(value, option)
     raise TypeError(f"must be {describe_type(hint)}")
+
+
+def _class_of(option: Any) -> Any:
+    """Return a type without its parameters: `list` for `list[str]`, and `int` for `int`."""
+    return get_origin(option) or option
+
+
+def _convert_to_option(value: Any, option: Any) -> Any:
+    """Convert a value to one of the types that its field accepts, or raise a `TypeError` if it does not fit."""
+    kind = _class_of(option)
+    if kind is list and value is not None:
+        return [convert(item, get_args(option)[0]) for item in as_list(value)]
+    literals = literal_values(option)
+    if literals:
+        fits = value in literals
+    else:
+        fits = _fits(value, kind)
+    if not fits:
+        raise TypeError(f"must be {describe_type(option)}")
+    if kind in (int, str) and not literals:
+        return kind(value)
+    return value
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Return whether a value, which is not a list, can be converted to a class such as `int` or `dict`."""
+    # For Python, True is a number as well.
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is bool:
+        return isinstance(value, bool)
+    if kind is int:
+        return is_number and value == value // 1
+    if kind is float:
+        return is_number
+    if kind is str:
+        # `run_name: 2026` means text, although YAML reads a number.
+        return is_number or isinstance(value, str)
+    if kind is dict:
+        # transformers parses a mapping that is written as JSON.
+        return isinstance(value, dict) or (isinstance(value, str) and value.startswith("{"))
+    if kind is list:
+        return False
+    # Neither YAML nor a text is an instance of a dataclass, such as accelerate's `ParallelismConfig`.
+    return not dataclasses.is_dataclass(kind)

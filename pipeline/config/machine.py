@@ -14,12 +14,15 @@ import psutil
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return what a step's entry in `run.json` says about the machine: `hardware`, `versions` and `commit`.
+    """Return what a step's entry in `run.json` says about the machine.
 
-    `commit` is the commit of this checkout, with "-dirty" if files differ from it; None outside of a checkout.
+    Returns:
+        `hardware` is a mapping with the system, the GPUs if there are any, the processor and the memory. `versions` are
+        those of the packages. `commit` is the commit of this checkout, with "-dirty" if files differ from it, or None
+        outside of a checkout.
     """
     facts: dict[str, Any] = {"system": f"{platform.system()} {platform.machine()}"}
-    # The driver names the GPUs, such as "2 x NVIDIA H100"; importing torch would take seconds.
+    # The driver lists the GPUs, each with a line "Model: NVIDIA H100". Importing torch would take seconds.
     texts = [file.read_text("utf-8") for file in Path("/proc/driver/nvidia/gpus").glob("*/information")]
     gpus = Counter(re.findall(r"^Model:\s*(.*\S)", "\n".join(texts), re.MULTILINE))
     if gpus:
@@ -39,7 +42,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """Return the name of the processor, such as "AMD EPYC 7B13"; outside of Linux, what Python knows about it."""
+    """Return the name of the processor, such as "AMD EPYC 7B13"; outside of Linux, what Python reports."""
     file = Path("/proc/cpuinfo")
     if file.exists():
         match = re.search(r"^model name\s*: *(.*)", file.read_text("utf-8"), re.MULTILINE)

@@ -1,4 +1,12 @@
-"""The output directory of a run: whether the run may write to it, and the record of the run that it belongs to."""
+"""The output directory of a training run: whether the run may write to it, and the record of the run it belongs to.
+
+The record is a file with the arguments of the run, all defaults included. A command with the same arguments resumes the
+run, one with more steps continues it, and any other one is rejected:
+
+    parse             check_output_directory    compares the arguments with the record, if there is one
+                      attach_arguments          keeps the arguments with `TrainingArguments`
+    training starts   record_arguments          writes the record
+"""
 
 import dataclasses
 import json
@@ -11,47 +19,54 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pipeline.config.fields import READ
-from pipeline.config.weight_fields import continues, has_effect
+from pipeline.config.weight_fields import can_continue, has_effect
 from pipeline.errors import Problem
 from pipeline.files import as_list, check_directory, read_json, write_text
 
 RECORD = "arguments.json"
-"""The resolved arguments of the run that a directory belongs to."""
+"""The file with the record."""
 
 RESOLVED = "resolved_arguments"
-"""Attribute of the training arguments that keeps the record until training starts: trainers change their arguments."""
+"""Attribute of `TrainingArguments` for the content of the record, made before trainers change their arguments."""
 
 REQUESTED = "requested_arguments"
-"""Attribute of the training arguments that keeps what the user gave, `settings` by field and the `command` line."""
+"""Attribute of `TrainingArguments` for what the user gave: `settings` by field, and the words of the `command` line."""
 
-WRITTEN = (
+OVERWRITTEN = (
     "README.md", "config.json", "adapter_config.json", "generation_config.json", "model.safetensors",
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "trainer_state.json",
 )  # fmt: skip
-"""Files that a run overwrites, whoever wrote them."""
+"""Files that a run would overwrite. A directory with one of them but without a record is not that of a run."""
 
 
-def recorded_template(model: str) -> dict[str, Any]:
-    """Return the `chat_template_kwargs` that the model in a folder was trained with, or {}."""
+def recorded_template_kwargs(model: str) -> dict[str, Any]:
+    """Return the `chat_template_kwargs` that a model was trained with.
+
+    `model` is the output directory of a run or one of its checkpoints. For anything else, such as the name of a model
+    on the Hub, the mapping is empty.
+    """
     folder = Path(model).absolute()
     if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
         # A checkpoint shares the record of its run.
         folder = folder.parent
-    options = read_json(folder / RECORD).get("chat_template_kwargs")
-    return options if isinstance(options, dict) else {}
+    kwargs = read_json(folder / RECORD).get("chat_template_kwargs")
+    if not isinstance(kwargs, dict):
+        return {}
+    return kwargs
 
 
-def check_output_directory(arguments: Iterable[Any], machine: Collection[str] = ()) -> list[Problem]:
+def check_output_directory(arguments: Iterable[Any], machine_fields: Collection[str] = ()) -> list[Problem]:
     """Check, before anything is written, that the run may write to its output directory.
 
     The directory must be writable, not be read by the run, and not belong to another run.
 
     Args:
         arguments: The run's argument dataclasses. Without `TrainingArguments` among them, nothing is checked.
-        machine: Fields that the machine decided, which may differ: a run may be resumed on another machine.
+        machine_fields: Fields whose values the machine decided. They may differ from the record, as a run may be
+            resumed on another machine.
 
     Returns:
-        A list of the problem, or an empty one.
+        A list with the first problem, or an empty one.
     """
     items = list(arguments)
     output_dir = next((item.output_dir for item in items if isinstance(item, TrainingArguments)), None)
@@ -64,18 +79,23 @@ def check_output_directory(arguments: Iterable[Any], machine: Collection[str] = 
     values = to_record(items)
     remedy = _conflict_with_inputs(path.resolve(), values)
     if remedy is None:
-        remedy = _conflict_with_content(path, values, machine)
+        remedy = _conflict_with_record(path, values, machine_fields)
     if remedy is None:
         return []
     return [Problem("output_dir", output_dir, remedy)]
 
 
 def _conflict_with_inputs(path: Path, values: Mapping[str, Any]) -> str | None:
-    """Return why a run with the arguments `values` must not write to a resolved path, or None."""
+    """Return why a run must not write to a path because of what it reads, as a phrase, or None if it may.
+
+    `path` is resolved. `values` are the arguments of the run, by field.
+    """
     if path == Path(path.anchor):
         return "is the root of the file system; choose another directory"
     for name in READ:
-        for value in filter(None, as_list(values.get(name))):
+        for value in as_list(values.get(name)):
+            if not value:
+                continue
             source = Path(str(value))
             if os.path.exists(source) and source.resolve() == path:
                 return f"is the value of {name} too, and would be overwritten; choose another directory"
@@ -84,11 +104,14 @@ def _conflict_with_inputs(path: Path, values: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _conflict_with_content(path: Path, values: Mapping[str, Any], machine: Collection[str]) -> str | None:
-    """Return why a run with the arguments `values` can neither start, resume nor continue in `path`, or None."""
+def _conflict_with_record(path: Path, values: Mapping[str, Any], machine_fields: Collection[str]) -> str | None:
+    """Return why a run can neither start, resume nor continue in a directory, as a phrase, or None if it can.
+
+    `values` are the arguments of the run, by field. Values of `machine_fields` are not compared with the record.
+    """
     record = path / RECORD
     if not record.exists():
-        foreign = next((file for file in WRITTEN if (path / file).exists()), None)
+        foreign = next((file for file in OVERWRITTEN if (path / file).exists()), None)
         if foreign is None:
             return None
         return f"contains {foreign}, which was not written by a recipe; choose another directory"
@@ -96,40 +119,46 @@ def _conflict_with_content(path: Path, values: Mapping[str, Any], machine: Colle
         earlier = dict(json.loads(record.read_text()))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         return f"{record} cannot be read ({error}); choose another directory"
-    # The record is compared, not the YAML file, because releases differ in their defaults and fields.
-    shared = sorted(set(earlier) & set(values) - {"output_dir", *machine})
+    # Another release may have other fields, and only what both have is compared.
+    shared = sorted(set(earlier) & set(values) - {"output_dir", *machine_fields})
     changed = [name for name in shared if earlier[name] != values[name] and has_effect(name, values)]
-    if not changed or continues(path, changed, values):
+    if not changed or can_continue(path, changed, values):
         return None
     differences = "; ".join(f"{name} was {earlier[name]!r} and is {values[name]!r}" for name in changed)
     return f"contains a run with other settings ({differences}); choose another directory or delete it"
 
 
-def keep_arguments(
+def attach_arguments(
     training: TrainingArguments, arguments: Iterable[Any], requested: Mapping[str, Any], command: Sequence[str]
 ) -> None:
-    """Keep what a run was asked for in its training arguments, until `record_arguments` and the trainer need it.
+    """Attach all arguments of a run to its `TrainingArguments`, which are what the trainer gets.
+
+    The attribute `RESOLVED` is for `record_arguments`, and `REQUESTED` for the model card.
 
     Args:
-        training: The training arguments, to which two attributes are added.
-        arguments: All argument dataclasses of the run.
-        requested: What the user gave, by field.
-        command: The command line.
+        training: The training arguments, to which the two attributes are added.
+        arguments: All argument dataclasses of the run, including `training`.
+        requested: Values that the user gave, by field.
+        command: The words of the command line.
     """
     setattr(training, RESOLVED, to_record(arguments))
+    # As plain JSON: an enumeration or a path becomes text.
     settings = json.loads(json.dumps(requested, default=str))
     setattr(training, REQUESTED, {"settings": settings, "command": command})
 
 
 def record_arguments(args: TrainingArguments) -> None:
-    """Record in the output directory which run it belongs to, if `parser.parse` has built the arguments."""
+    """Write the record of a run to its output directory, unless its arguments were not built by `parser.parse`."""
     resolved = getattr(args, RESOLVED, None)
     if resolved is not None:
         write_text(Path(args.output_dir) / RECORD, json.dumps(resolved, indent=1) + "\n")
 
 
 def to_record(arguments: Iterable[Any]) -> dict[str, Any]:
-    """Return resolved argument dataclasses as one mapping, as JSON represents it, without tokens."""
-    values = {field.name: getattr(item, field.name) for item in arguments for field in dataclasses.fields(item)}
-    values = {name: value for name, value in values.items() if not name.endswith("_token")}
+    """Return the content of the record: the values of argument dataclasses by field, as plain JSON, without tokens."""
+    values: dict[str, Any] = {}
+    for item in arguments:
+        for field in dataclasses.fields(item):
+            if not field.name.endswith("_token"):
+                values[field.name] = getattr(item, field.name)
     return json.loads(json.dumps(values, sort_keys=True, default=str))

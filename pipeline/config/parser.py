@@ -30,23 +30,24 @@ from pipeline.config.yaml_file import read_yaml
 from pipeline.errors import Problem, UserError, collect, refuse
 from pipeline.files import split_revision
 
-OF_THE_MACHINE = (
+MACHINE_FIELDS = (
     "use_cpu", "bf16", "fp16", "tf32", "fsdp", "fsdp_config", "deepspeed", "torch_compile", "ddp_backend",
 )  # fmt: skip
-"""Fields that only the process that uses them can check."""
+"""Fields that can only be checked on the machine that trains, and in a process that was launched for it."""
 
 SAME_SETTING = {"bf16": "fp16", "fp16": "bf16", "activation_checkpointing": "gradient_checkpointing"}
-"""Fields whose defaults depend on the machine, and the field with which the user may have set the same thing."""
+"""Fields with a default that depends on the machine -> the field with which a user may have set the same thing."""
 
-UNNAMED = {"generations per prompt": "num_generations"}
-"""Words in messages of the libraries that do not name their field, and the field that they are about."""
+PHRASES = {"generations per prompt": "num_generations"}
+"""Phrases with which messages of the libraries describe a field instead of naming it, and that field."""
 
 
 def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
-    """Build dataclasses from `--config FILE.yaml`, from the command line, which overrides it, and for this machine.
+    """Build a recipe's argument dataclasses from `--config FILE.yaml` and the command line, which overrides the file.
 
     Fields that the user did not set get the machine's defaults (`hardware.training_defaults`: precision, backend, ...).
-    The process is prepared as well (`launch.prepare_process`): no telemetry, all of the machine's cores.
+    The process is prepared for training as well: environment variables of the file are set, telemetry is turned off
+    (`launch.prepare_process`), and the random number generators are seeded.
 
     Args:
         *dataclass_types: Dataclasses whose fields are the options, as for TRL's and transformers' parsers.
@@ -58,14 +59,16 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
     Raises:
         UserError: With everything that is wrong with the file and the command line.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    content, options, problems = _read_config(words)
+    if argv is None:
+        argv = sys.argv[1:]
+    command = list(argv)
+    content, options, problems = _read_config(command)
     is_unreadable = bool(problems)
     problems += _set_environment(content.pop("env", None))
     from_command_line, wrong_options = read_command_line(options, dataclass_types)
-    # Another recipe's file may have values that this one does not accept, such as a DPO loss.
-    used = {name: value for name, value in content.items() if name not in from_command_line}
-    from_file, wrong_values = read_values(used, dataclass_types)
+    # An overridden value is not checked: the file may be another recipe's, with a loss that only DPO has.
+    not_overridden = {name: value for name, value in content.items() if name not in from_command_line}
+    from_file, wrong_values = read_values(not_overridden, dataclass_types)
     problems += wrong_values + wrong_options
     requested = from_file | from_command_line
     _expand_paths(requested)
@@ -75,10 +78,10 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
     launch.prepare_process(shards=bool(requested.get("fsdp") or requested.get("deepspeed")))
     token = requested.get("hub_token")
     if token:
-        # As an argument it would be written to disk with all the others.
+        # Arguments and command are written to disk, which a token must not be.
         del requested["hub_token"]
         os.environ["HF_TOKEN"] = token
-        words = [text.replace(token, "hf_***") for text in words]
+        command = [word.replace(token, "hf_***") for word in command]
 
     machine = _machine_defaults(requested, dataclass_types)
     problems += _check_each(requested, dataclass_types)
@@ -95,10 +98,11 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
     if training is not None:
         # Trainers set the seed themselves, but only after TRL has initialised adapters and score heads.
         set_seed(training.seed)
-        output_directory.keep_arguments(training, built, requested, words)
+        output_directory.attach_arguments(training, built, requested, command)
     for item in built:
         targets = getattr(item, "lora_target_modules", None)
-        # TRL turns a list of one name into a string, which PEFT reads as a pattern that must match whole names.
+        # TRL turns a list of one name, such as "q_proj", into a string. PEFT would read that as a pattern for the full
+        # names of modules, and none matches.
         if isinstance(targets, str) and targets.isidentifier():
             item.lora_target_modules = [targets]
     return tuple(built)
@@ -107,15 +111,18 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
 def check_values(
     config: Mapping[str, Any], dataclass_types: Sequence[Any], processes: int = 1
 ) -> tuple[list[Any], list[Problem]]:
-    """Check the values of a YAML file, without the files that they name and the machine that will use them.
+    """Check the values of a YAML file before the step that has them is launched.
+
+    `parse` checks everything once more in the step itself. This checks what does not depend on the machine or on the
+    output of earlier steps, and leaves the environment of this process as it is.
 
     Args:
         config: Content of the file.
         dataclass_types: Argument dataclasses of the recipe.
-        processes: Number of processes that will train. Only this one exists yet.
+        processes: Number of processes that will train.
 
     Returns:
-        The dataclasses that can be built, and what is wrong with the values.
+        The dataclasses that can be built, which are for a CPU, and what is wrong with the values.
     """
     config = dict(config)
     environment = dict(os.environ)
@@ -124,29 +131,33 @@ def check_values(
         values, wrong_values = read_values(config, dataclass_types)
         problems += wrong_values
         problems += _check_each(values, dataclass_types)
-        values = {name: value for name, value in values.items() if name not in OF_THE_MACHINE}
-        types = []
-        for kind in dataclass_types:
-            if samples_completions(kind):
-                # It divides its batches among the processes as soon as it is built.
-                types.append(type(kind.__name__, (kind,), {"world_size": processes}))
-            else:
-                types.append(kind)
-        return _build_checked(types, values, {"use_cpu": True, "bf16": False}, problems), problems
+        values = {name: value for name, value in values.items() if name not in MACHINE_FIELDS}
+        types = [_for_processes(kind, processes) for kind in dataclass_types]
+        machine = {"use_cpu": True, "bf16": False}
+        return _build_checked(types, values, machine, problems), problems
     finally:
         os.environ.clear()
         os.environ.update(environment)
 
 
-def _read_config(words: Sequence[str]) -> tuple[dict[str, Any], list[str], list[Problem]]:
+def _for_processes(kind: Any, processes: int) -> Any:
+    """Return an argument dataclass that can be built as in a launch of several processes, though this is only one."""
+    if not samples_completions(kind):
+        return kind
+    # TRL's constructor divides the batch by `world_size`, a property that counts the processes of this launch.
+    return type(kind.__name__, (kind,), {"world_size": processes})
+
+
+def _read_config(command: Sequence[str]) -> tuple[dict[str, Any], list[str], list[Problem]]:
     """Read the file that `--config` names.
 
     Returns:
-        The content of the file ({} if none is named), the command line without `--config`, and the problems with it.
+        The content of the file ({} if none is named or it cannot be read), the command line without `--config`, and
+        what is wrong with the option or the file.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", action="append", nargs="?", const="", default=[])
-    namespace, options = parser.parse_known_args(words)
+    namespace, options = parser.parse_known_args(command)
     paths: list[str] = namespace.config
     content: dict[str, Any] = {}
     problems: list[Problem] = []
@@ -161,11 +172,16 @@ def _read_config(words: Sequence[str]) -> tuple[dict[str, Any], list[str], list[
 
 
 def _set_environment(variables: Any) -> list[Problem]:
-    """Set the variables of a YAML file's `env` that the user's environment does not set."""
-    if variables is not None and not isinstance(variables, dict):
+    """Set the environment variables in the `env` of a YAML file, and return what is wrong with them.
+
+    A variable that the user's environment sets already keeps its value. `variables` is None if the file has no `env`.
+    """
+    if variables is None:
+        return []
+    if not isinstance(variables, dict):
         return [Problem("env", repr(variables), "must be a mapping from variables to values")]
     problems = []
-    for name, value in (variables or {}).items():
+    for name, value in variables.items():
         try:
             if not isinstance(value, str | int | float):
                 raise ValueError(f"its value is {value}, not text or a number")
@@ -186,7 +202,10 @@ def _expand_paths(values: dict[str, Any]) -> None:
 
 
 def _machine_defaults(requested: Mapping[str, Any], dataclass_types: Sequence[Any]) -> dict[str, Any]:
-    """Return the values that suit this machine, for fields that the user has not set by another field."""
+    """Return the values that suit this machine, by field, for the fields of the dataclasses.
+
+    A field is omitted if the user has set the same thing by another field (`SAME_SETTING`).
+    """
     fields = field_types(*dataclass_types)
     values = {}
     for name, choice in hardware.training_defaults().items():
@@ -197,11 +216,11 @@ def _machine_defaults(requested: Mapping[str, Any], dataclass_types: Sequence[An
 
 def _check_each(requested: Mapping[str, Any], types: Sequence[Any]) -> list[Problem]:
     """Check each value by itself, and return the first problem of each field."""
-    rollouts = [kind for kind in types if samples_completions(kind)]
+    sampling_types = [kind for kind in types if samples_completions(kind)]
     problems = checks.check_ranges(requested)
-    problems += checks.check_text(requested, field_types(*types), bool(rollouts))
+    problems += checks.check_text(requested, field_types(*types), bool(sampling_types))
     problems += checks.check_supported(requested)
-    for kind in rollouts:
+    for kind in sampling_types:
         problems += checks.check_unused(requested, kind, checks.UNUSED_IN_ROLLOUTS)
     first: dict[str, Problem] = {}
     for problem in problems:
@@ -244,9 +263,17 @@ def _build_checked(
 
 
 def _build(kind: Any, accepted: Mapping[str, Any], problems: list[Problem], rejected: set[str]) -> Any | None:
-    """Build a dataclass without the fields that it rejects, and append them to `problems` and `rejected`.
+    """Build a dataclass, without the fields that its constructor rejects.
 
-    Return None if a required field is missing, or if an error does not name one of its fields.
+    Args:
+        kind: The dataclass.
+        accepted: Values by field, of this and other dataclasses.
+        problems: What is wrong so far. What the constructor rejects is appended.
+        rejected: Fields that were rejected so far, and are not in `accepted`. Those that the constructor rejects are
+            added.
+
+    Returns:
+        The instance, or None if a required field is missing, or if the constructor fails whatever is omitted.
     """
     values = {name: accepted[name] for name in field_types(kind) if name in accepted}
     # If a field has no default, both are `MISSING`.
@@ -255,15 +282,15 @@ def _build(kind: Any, accepted: Mapping[str, Any], problems: list[Problem], reje
     problems += [Problem(name, "nothing", "is required") for name in missing if name not in rejected]
     if missing:
         return None
-    # Without the fields that it rejects, the class may find the next mistake.
+    # A constructor stops at the first mistake. It is called again without that field, to find the next one.
     while True:
         try:
             return kind(**values)
         # These are raised for a wrong value, a missing package, and a file that a field names.
         except (UserError, ValueError, ImportError, OSError) as error:
-            faults = _problems_of(error, kind, values, is_expected=bool(problems))
+            faults = _constructor_problems(error, kind, values, is_incomplete=bool(problems))
         for fault in faults:
-            # A field that was rejected before was omitted, and its default must not be reported.
+            # A field that was rejected before has its default now, which must not be reported.
             if fault.field not in rejected and _field_named_in(fault.remedy, rejected) is None:
                 problems.append(fault)
         culprits = [fault.field for fault in faults if fault.field in values]
@@ -274,30 +301,43 @@ def _build(kind: Any, accepted: Mapping[str, Any], problems: list[Problem], reje
             del values[name]
 
 
-def _problems_of(error: Exception, kind: Any, values: Mapping[str, Any], is_expected: bool) -> list[Problem]:
-    """Return the problems that a dataclass lists, or its message under the field that it names.
+def _constructor_problems(error: Exception, kind: Any, values: Mapping[str, Any], is_incomplete: bool) -> list[Problem]:
+    """Return the problems that the constructor of a dataclass has found.
 
-    An `error` without a field is a defect and is raised, unless it `is_expected` because values of the user were
-    omitted. `values` are those that the dataclass was built with.
+    Args:
+        error: What the constructor raised. This project's dataclasses raise a `UserError`, or an error that has one as
+            its cause; those of the libraries raise a message about one field.
+        kind: The dataclass.
+        values: What the constructor was called with.
+        is_incomplete: Whether values of the user were omitted, because they were rejected before.
+
+    Returns:
+        The problems. The list is empty if the message is about no field, and may be due to what was omitted.
+
+    Raises:
+        Exception: `error` itself, if it is about no field and nothing was omitted. Then it is a defect.
     """
-    listed = error if isinstance(error, UserError) else error.__cause__
-    if isinstance(listed, UserError):
-        return list(listed.problems)
+    user_error = error if isinstance(error, UserError) else error.__cause__
+    if isinstance(user_error, UserError):
+        return list(user_error.problems)
     message = " ".join(str(error).split())
     name = _culprit(message, values)
-    if name is None and not is_expected:
-        name = _field_named_in(message, field_types(kind))
-        if name is None:
-            raise error
-    if name is None:
+    if name is not None:
+        return [Problem(name, values[name], message)]
+    if is_incomplete:
         return []
-    return [Problem(name, values.get(name, "not given"), message)]
+    # The default of a field may not fit to what the user gave.
+    name = _field_named_in(message, field_types(kind))
+    if name is None:
+        raise error
+    return [Problem(name, "not given", message)]
 
 
 def _culprit(message: str, values: Mapping[str, Any]) -> str | None:
-    """Return the field in `values` that a library's message is about, None if it does not say so.
+    """Return the field in `values` that a library's message is about, or None if it is about none of them.
 
-    Most messages name their field. Others begin with its value ("x is not a valid DebugOption"), or describe it.
+    Most messages name their field. Others begin with its value ("x is not a valid DebugOption"), or have one of the
+    `PHRASES`.
     """
     name = _field_named_in(message, values)
     if name is not None:
@@ -305,8 +345,8 @@ def _culprit(message: str, values: Mapping[str, Any]) -> str | None:
     for name, value in values.items():
         if isinstance(value, str) and value and message.startswith((f"{value} ", f"'{value}' ")):
             return name
-    for words, name in UNNAMED.items():
-        if words in message and name in values:
+    for phrase, name in PHRASES.items():
+        if phrase in message and name in values:
             return name
     return None
 
@@ -322,9 +362,14 @@ def _field_named_in(message: str, names: Iterable[str]) -> str | None:
 
 
 def _split_model_revision(item: Any, requested: Mapping[str, Any]) -> list[Problem]:
-    """Turn `model_name_or_path: NAME/repo@revision` into that name and `model_revision`, in place.
+    """Split `model_name_or_path: NAME/repo@revision` into that name and `model_revision`, in place.
 
-    Return the problem if the user asks for two different revisions.
+    Args:
+        item: An argument dataclass. One without these two fields stays as it is.
+        requested: Values that the user gave, by field.
+
+    Returns:
+        A list with the problem if the user asks for two different revisions, otherwise an empty one.
     """
     name, revision = split_revision(str(getattr(item, "model_name_or_path", None) or ""))
     if revision is None or not hasattr(item, "model_revision"):

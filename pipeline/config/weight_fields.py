@@ -1,4 +1,7 @@
-"""Which settings of a training run have an effect on its weights, and whether it can continue with more steps."""
+"""Which settings of a training run have an effect on its weights, and whether it can continue with more steps.
+
+A run whose settings changed only in fields without an effect is resumed, or need not run again.
+"""
 
 import re
 from collections.abc import Collection, Mapping
@@ -14,49 +17,58 @@ WITHOUT_EFFECT = re.compile(
     r"prediction_loss_only|include_for_metrics|include_num_input_tokens_seen|batch_eval_metrics|skip_memory_metrics|"
     r"num_completions_to_print|num_generations_eval|dataset_num_proc|resume_from_checkpoint|torch_empty_cache_steps"
 )
-"""Names of fields that say what is reported, saved, measured or pushed, and when."""
+"""Names of fields without an effect on the weights: what is reported, saved, measured or pushed, and when."""
 
 BY_EVALUATION = re.compile(
     r"eval_\w+|(save|logging)_(steps|strategy)|max_eval_samples|dataset_test_split|metric_for_best_model|"
     r"greater_is_better|prediction_loss_only"
 )
-"""Of these, the fields that have an effect if evaluations choose the weights. `logging_steps` is the default of
-`eval_steps`, and only a checkpoint that was saved can be the best one."""
+"""Names in `WITHOUT_EFFECT` of fields that have an effect if evaluations choose the weights (`load_best_model_at_end`).
+`logging_steps` is the default of `eval_steps`, and only a checkpoint that was saved can be the best one."""
 
 
 def has_effect(name: str, values: Mapping[str, Any]) -> bool:
-    """Return whether the field `name` of a training run has an effect on the weights, given all its `values`.
+    """Return whether a field of a training run has an effect on the weights.
 
-    If in doubt, it has one: then a changed field starts a new run instead of resuming the old one.
+    A field that is not known here has one: then a change starts a new run instead of resuming the old one.
+
+    Args:
+        name: The field.
+        values: All settings of the run, by field.
     """
     if name == "num_train_epochs":
         return number_of(values, "max_steps") <= 0
+    # Pretraining builds a new model, and does not load one.
     pretrains = "model_name_or_path" not in values
     streams = values.get("dataset_streaming")
     # The workers of a stream take turns, so their number changes the order of the rows.
     if name == "dataloader_num_workers" and streams and not pretrains:
         return True
-    # Each process packs a part of the data, in pretraining and in SFT, so their number changes the rows.
+    # `dataset_num_proc` processes pack a part of the data each, so their number changes the rows.
     if name == "dataset_num_proc" and not streams and (values.get("packing") or pretrains):
         return True
     if not WITHOUT_EFFECT.fullmatch(name):
         return True
-    # Evaluations may choose the weights, and these schedules follow them.
+    # Evaluations choose the weights, or the learning rate of these schedules.
     follows_evaluations = values.get("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy")
     if values.get("load_best_model_at_end") or follows_evaluations:
         return BY_EVALUATION.fullmatch(name) is not None
     return False
 
 
-def continues(output_dir: Path, changed: Collection[str], values: Mapping[str, Any]) -> bool:
-    """Return whether the run in `output_dir` can continue although some fields have `changed`.
+def can_continue(output_dir: Path, changed: Collection[str], values: Mapping[str, Any]) -> bool:
+    """Return whether a finished or killed run can be made longer, starting from its last checkpoint.
 
-    Only its length may differ, and it must not be shorter than the run that its checkpoints belong to.
+    Args:
+        output_dir: Directory of the run.
+        changed: Fields that changed since the run and have an effect on the weights. Only the number of steps or epochs
+            may have changed. With none, the run can be resumed, but not made longer: False is returned.
+        values: The new settings, by field. They must not make the run shorter than it was meant to be.
     """
     if not changed or not {"max_steps", "num_train_epochs"}.issuperset(changed):
         return False
     if values.get("save_only_model"):
-        # Its checkpoints have no optimizer.
+        # Its checkpoints have no optimizer states.
         return False
     state = newest_state(output_dir)
     steps = number_of(values, "max_steps")
@@ -66,13 +78,18 @@ def continues(output_dir: Path, changed: Collection[str], values: Mapping[str, A
 
 
 def number_of(values: Mapping[str, Any], name: str) -> float:
-    """Return a number from settings, or 0 if it is missing or not a number, which the step will report."""
+    """Return the number that a field of settings or of a trainer's state has.
+
+    It is 0 if the field is missing or not a number. Another check reports that.
+    """
     value = values.get(name)
-    return value if isinstance(value, int | float) else 0
+    if isinstance(value, int | float):
+        return value
+    return 0
 
 
 def newest_state(output_dir: Path) -> dict[str, Any]:
-    """Return the trainer's state from the latest readable checkpoint, or an empty one."""
-    # A damaged checkpoint, which training skips with a warning, counts as step 0.
+    """Return the trainer's state from the latest readable checkpoint, or {} if there is none."""
+    # The state of a damaged checkpoint, which training skips with a warning, is read as {}, and counts as step 0.
     states = map(read_json, output_dir.glob("checkpoint-*/trainer_state.json"))
     return max(states, key=lambda state: number_of(state, "global_step"), default={})

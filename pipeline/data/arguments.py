@@ -68,7 +68,7 @@ class DataArguments:
     )
     chosen_column: str = option("chosen", "Column of the better answer of a pair.")
     rejected_column: str = option("rejected", "Column of the worse answer of a pair.")
-    answer_column: str = option("answer", "Column of the reference answers that rewards compare with.")
+    answer_column: str = option("answer", "Column of the reference answers for rewards.")
     answer_pattern: str | None = option(
         None,
         "Regular expression that finds the final answer in `answer_column` (its first group, if it has one). Default: "

@@ -1,10 +1,11 @@
-"""Baselines: what the stage that others are compared with reaches by tricks, without further training.
+"""Baselines: what the opponent, with which other stages are compared, reaches by tricks without further training.
 
-`elicited/pass@1`: its greedy answers to the problems, begun with a text ("Working:") or after some solved problems.
-`best_of_4/pass@1`, `best_of_4/win_rate`: of four sampled answers, the one that the reward model scores highest.
-`constant/win_rate`, `constant/win_rate_greedy`: its answers with the same text added to each, against those without.
-`majority/pass@1`: the most frequent answer to each kind of problem in the training split; no model is needed.
-`untouched/environment_reward`: what environments give if nothing is called in them; see `metrics.record_rewards`.
+- `elicited/pass@1`: its greedy answers to problems, if they begin with a text ("Working:") or follow solved problems.
+- `best_of_4/pass@1`, `best_of_4/win_rate`: of four sampled answers, the one that the reward model scores highest.
+- `constant/win_rate`, `constant/win_rate_greedy`: its answers with the same text added to each, against the answers
+  without the text.
+- `majority/pass@1`: the most frequent answer to each kind of problem in the training split; no model is needed.
+- `untouched/environment_reward`: what environments give if nothing is called in them; see `metrics.record_rewards`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,13 @@ CONSTANTS = "recipes.worlds.pocket.remarks:CONSTANTS"
 
 
 class Elicitation(NamedTuple):
-    """A way of asking: its name, the text that the answer begins with, and messages of solved problems before it."""
+    """A way of asking a model to solve a problem.
+
+    Attributes:
+        name: What the report calls it.
+        beginning: Text with which the answer begins, "" for none.
+        shots: Messages of solved problems that precede the problem.
+    """
 
     name: str
     beginning: str = ""
@@ -33,22 +40,31 @@ class Elicitation(NamedTuple):
 
 
 def measure_reasoning(result: StageResult, chat: ChatModel, held_out: HeldOut, elicit: Sequence[str]) -> None:
-    """Record `elicited`, asked in the way that works best on other problems, and `majority`.
+    """Record `elicited/pass@1` and `majority/pass@1`.
 
-    `elicit` are texts with which answers to problems may begin; without any, and without `shots` of the held-out data,
-    `elicited` is not measured.
+    Of several ways of asking, the one that solves most of other problems (`held_out.trials`) is measured.
+
+    Args:
+        result: Where they are recorded.
+        chat: The opponent.
+        held_out: The problems, solved problems to show first (`shots`), and the most frequent answers (`majority`).
+        elicit: Texts with which answers may begin. Without any, and without `shots`, `elicited` is not measured.
     """
     problems = held_out.problems
     grader = held_out.grader
     # What a prompt alone can achieve: the model may be able to solve problems, but not do it unasked.
     ways = [Elicitation(text, beginning=text) for text in elicit]
     ways += [Elicitation(f"{len(shots) // 2} solved problems", shots=shots) for shots in held_out.shots]
+
+    def count_solved(way: Elicitation) -> int:
+        return sum(grader(elicit_answers(chat, held_out.trials, way), held_out.trials))
+
     if ways:
-        way = ways[0]
+        best_way = ways[0]
         if len(ways) > 1:
-            way = max(ways, key=lambda way: sum(grader(elicit_answers(chat, held_out.trials, way), held_out.trials)))
-        record_greedy(result, "elicited/pass@1", elicit_answers(chat, problems, way), problems, grader)
-        result.texts["elicited"] = {"text": way.name}
+            best_way = max(ways, key=count_solved)
+        record_greedy(result, "elicited/pass@1", elicit_answers(chat, problems, best_way), problems, grader)
+        result.texts["elicited"] = {"text": best_way.name}
     # A model that has only memorised the answers in its training data reaches this.
     if held_out.majority:
         answers = [f"The answer is {held_out.majority.get(row['kind'], '')}." for row in problems]
@@ -58,8 +74,8 @@ def measure_reasoning(result: StageResult, chat: ChatModel, held_out: HeldOut, e
 def elicit_answers(chat: ChatModel, rows: Rows, way: Elicitation) -> list[str]:
     """Return the greedy answers to problems that are asked in a certain way.
 
-    The text with which an answer begins belongs to it, and counts towards the length limit. Solved problems precede the
-    last message of a prompt.
+    The text with which an answer begins belongs to the answer, and counts towards its length limit. Solved problems are
+    inserted before the last message of a prompt.
     """
     asking = []
     for row in rows:
@@ -72,9 +88,14 @@ def elicit_answers(chat: ChatModel, rows: Rows, way: Elicitation) -> list[str]:
 def measure_constant(
     result: StageResult, chat: ChatModel, held_out: HeldOut, matches: Matches, judge: Judge = ANNOTATORS
 ) -> None:
-    """Record `constant`: the model's answers with a text added to each, against those without.
+    """Record `constant/win_rate` and `constant/win_rate_greedy`: answers with a text, against the same without it.
 
-    `matches` are the model's own answers to the prompts, twice.
+    Args:
+        result: Where they are recorded.
+        chat: The opponent.
+        held_out: The prompts, and other prompts on which the text is chosen (`validation`).
+        matches: The model's own answers to the prompts on both sides of each match; to one side, the text is added.
+        judge: Who decides the matches.
     """
     # The text is chosen on different prompts than it is measured on: the best of twenty is partly best by chance.
     validation = subsample([row for row in held_out.validation if judge.can_judge(row)], judge.constants)
@@ -99,7 +120,10 @@ def _only_answers(answered: Answers) -> list[str]:
 
 
 def find_constant(ours: Sequence[str], theirs: Sequence[str], rows: Rows, judge: Judge = ANNOTATORS) -> str:
-    """Return the text of `CONSTANTS` that wins most often against `theirs` when added to `ours`; the first of a tie."""
+    """Return the text of `CONSTANTS` that wins most often against `theirs` when it is added to `ours`.
+
+    Of several texts that win equally often, the first is returned. `rows` are the prompts, with an answer each.
+    """
     constants: tuple[str, ...] = resolve_name(CONSTANTS)
     wins = [0.0] * len(constants)
     for answer, opponent, row in zip(ours, theirs, rows, strict=True):
@@ -117,10 +141,17 @@ def measure_best_of(
     rate: Rate,
     judge: Judge | None,
 ) -> None:
-    """Record `best_of_N` for each of `numbers`: of the first N sampled answers, the one that `rate` scores highest.
+    """Record `best_of_N/pass@1` and `best_of_N/win_rate`: of the first N sampled answers, the one with the best score.
 
-    `result` is the reward model's. `chats` has the opponent, by the keys of the data that it answers: problems and, if
-    there is a judge, prompts. For prompts, the chosen answers are compared with single answers of the opponent.
+    For prompts, the chosen answers are compared with single answers of the opponent.
+
+    Args:
+        result: The result of the reward model, where they are recorded.
+        chats: The opponent, by the keys of the data that it answers: problems and, if there is a judge, prompts.
+        held_out: The problems and prompts.
+        numbers: The values of N.
+        rate: Returns the scores of the reward model.
+        judge: Who decides the win rates; None if nobody does, and then they are not measured.
     """
     seed = 2 * result.seed
     problems = held_out.problems
@@ -143,24 +174,27 @@ def measure_best_of(
 
 
 def _best_answers(chat: ChatModel, rows: Rows, numbers: Sequence[int], rate: Rate, seed: int) -> dict[int, list[str]]:
-    """Return the best of the first N answers sampled to each prompt, for each N of `numbers`; the first of a tie.
+    """Return, for each N of `numbers`, the best of the first N answers that are sampled to each prompt.
 
-    The best is the one that `rate` scores highest.
+    The best is the answer that `rate` scores highest; of several with the same score, the first.
     """
     prompts = [row["prompt"] for row in rows]
-    most = max(numbers)
-    sampled = []
+    samples = max(numbers)
+    sampled_answers: list[list[str]] = []
     conversations = []
-    completions = chat.sample(prompts, samples=most, temperature=1.0, seed=seed)
+    completions = chat.sample(prompts, samples=samples, temperature=1.0, seed=seed)
     for prompt, of_prompt in zip(prompts, completions, strict=True):
         answers = [completion.text for completion in of_prompt]
-        sampled.append(answers)
+        sampled_answers.append(answers)
         conversations += [[*prompt, {"role": "assistant", "content": answer}] for answer in answers]
+    # Scores of all answers, `samples` for each prompt.
     scores = rate(conversations)
     best: dict[int, list[str]] = {}
     for number in numbers:
         best[number] = []
-        for index, answers in enumerate(sampled):
-            scores_of_first = list(scores[index * most : index * most + number])
-            best[number].append(answers[scores_of_first.index(max(scores_of_first))])
+        for index, answers in enumerate(sampled_answers):
+            begin = index * samples
+            scores_of_first = list(scores[begin : begin + number])
+            best_place = scores_of_first.index(max(scores_of_first))
+            best[number].append(answers[best_place])
     return best

@@ -1,4 +1,4 @@
-"""Checks of what an `evaluate.yaml` asks for, before anything is trained: its keys, data, judge and functions."""
+"""Checks of an `evaluate.yaml` before anything is trained: its keys, data, judge, functions and tasks."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -23,9 +23,12 @@ MAX_SAMPLES = 1000
 
 
 def check(content: Values, facts: RunFacts, prefix: str = "") -> list[Problem]:
-    """Check the completed content of an `evaluate.yaml`: its keys, data, judge and functions.
+    """Return everything that is wrong with an `evaluate.yaml`.
 
-    Return what is wrong, all at once; `prefix` precedes the field in each message.
+    Args:
+        content: Its content, completed by `complete`.
+        facts: What follows from the stages of the run.
+        prefix: Text that precedes the field in each message.
     """
     # Imported here, because it imports transformers and TRL.
     from pipeline.config.parser import check_values
@@ -42,6 +45,7 @@ def check(content: Values, facts: RunFacts, prefix: str = "") -> list[Problem]:
     if isinstance(content.get("lm_eval_tasks"), list):
         problems += _check_tasks(content["lm_eval_tasks"])
 
+    # The functions of the user that grade or judge, by the field that names them.
     functions: dict[str, str] = {}
     for key in HELD_OUT:
         source = content.get(key)
@@ -59,14 +63,14 @@ def check(content: Values, facts: RunFacts, prefix: str = "") -> list[Problem]:
             functions["judge"] = judge
         else:
             problems += _check_judge(judge, facts)
-    for name, function in functions.items():
+    for field, function in functions.items():
         with collect(problems):
-            load_rewards([function], name)
+            load_rewards([function], field)
     return [replace(problem, field=f"{prefix}{problem.field}") for problem in problems]
 
 
 def _check_numbers(content: Values) -> list[Problem]:
-    """Check that numbers of answers are not so large that an evaluation would take days."""
+    """Return numbers of answers that are negative, or so large that an evaluation would take days."""
     problems = []
     samples = content.get("samples")
     if isinstance(samples, int) and samples > MAX_SAMPLES:
@@ -82,7 +86,7 @@ def _check_numbers(content: Values) -> list[Problem]:
 
 
 def _check_tasks(tasks: Sequence[object]) -> list[Problem]:
-    """Check that lm-eval knows the tasks, and that the user lets it load the ones that are files."""
+    """Return tasks that lm-eval does not have, and task files that the user has not allowed to be loaded."""
     # Imported here, because the harness imports torch, and an installed lm-eval takes seconds to list its tasks.
     from pipeline.evaluation.harness import check_tasks
     from pipeline.rewards.loading import check_trust
@@ -99,7 +103,7 @@ def _check_tasks(tasks: Sequence[object]) -> list[Problem]:
 
 
 def _check_source(source: Values, facts: RunFacts) -> list[Problem]:
-    """Check the fields of a data set, and that it exists or is on the Hub."""
+    """Return what is wrong with a data set: its fields, or a path that does not exist; Hub ids are not looked up."""
     # Imported here, because it imports transformers and TRL.
     from pipeline.config.parser import check_values
 
@@ -113,17 +117,24 @@ def _check_source(source: Values, facts: RunFacts) -> list[Problem]:
 
 
 def _check_judge(judge: str, facts: RunFacts) -> list[Problem]:
-    """Check a judge that is not a function: people, or a reward model, which a later step of the run may write.
+    """Return what is wrong with a judge that is not a function: "votes", or the folder or Hub id of a reward model.
 
-    PPO may not use that reward model: it would be judged by the model that it is trained to please.
+    The folder may be written by a later step of the run. PPO must not be trained with the same reward model: it would
+    be judged by the model that it is trained to please.
     """
-    models = [Path(os.path.realpath(model)) for model in (judge, *facts.reward_models)]
-    judging, *pleased = [path.parent if path.name.startswith("checkpoint-") else path for path in models]
-    if judging in pleased:
+    if _model_folder(judge) in map(_model_folder, facts.reward_models):
         return [Problem("judge", judge, "PPO is trained to please this model; give one that it does not use")]
     if judge != VOTES and _is_missing(judge, facts):
         return [Problem("judge", judge, "no such folder; give a reward model, votes or a function")]
     return []
+
+
+def _model_folder(name: str) -> Path:
+    """Return the real path of a model's folder, which is the same for a model and its checkpoints."""
+    path = Path(os.path.realpath(name))
+    if path.name.startswith("checkpoint-"):
+        return path.parent
+    return path
 
 
 def _is_missing(name: str, facts: RunFacts) -> bool:

@@ -121,12 +121,15 @@ def evaluate(args: argparse.Namespace, content: Mapping[str, Any]) -> StageResul
     if not args.config:
         content = recorded
     # An evaluation with a name measures only the data or tasks that the command names.
-    alone = bool(args.name and (data or args.lm_eval_tasks) and not args.config)
-    if alone:
+    drops_own_data = bool(args.name and (data or args.lm_eval_tasks) and not args.config)
+    if drops_own_data:
         content = {key: value for key, value in content.items() if key not in HELD_OUT}
-    options = {name: getattr(args, name, None) for name in DEFAULTS}
-    content = {**content, **data, **{name: value for name, value in options.items() if value is not None}}
-    only_named = alone or bool(args.name and content.keys() & HELD_OUT.keys())
+    content = {**content, **data}
+    for name in DEFAULTS:
+        value = getattr(args, name, None)
+        if value is not None:
+            content[name] = value
+    only_named = drops_own_data or bool(args.name and content.keys() & HELD_OUT.keys())
     content = evaluate_yaml.complete(content, facts, only_named)
 
     # The record of a run that was moved has its old paths. They are also what the result says about its settings.
@@ -168,7 +171,7 @@ def _data_of_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_options(args: argparse.Namespace) -> list[Problem]:
-    """Check the options that are not keys of `evaluate.yaml`."""
+    """Return what is wrong with the options that are not keys of `evaluate.yaml`."""
     problems = []
     columns = _columns_of_options(args)
     if columns and not _data_of_options(args):
@@ -180,16 +183,16 @@ def _check_options(args: argparse.Namespace) -> list[Problem]:
 
 
 def _check_figures_of_run(run: Path, stage: str, content: Mapping[str, Any]) -> list[Problem]:
-    """Refuse to replace what the runner measured by figures on different data or with different settings."""
+    """Return a problem if the result would replace the runner's own metrics although the data or settings differ."""
     step = read_run(run).get("steps", {}).get(f"evaluate_{stage}", {})
     saved = read_json(run / "evaluations" / f"{stage}.json").get("settings")
     if not step.get("finished_at") or not isinstance(saved, dict):
         return []
-    # As they will be read from the file.
-    now = json.loads(json.dumps(content, default=str))
+    # JSON has lists instead of tuples, for instance, so both sides must have been JSON.
+    present = json.loads(json.dumps(content, default=str))
     # A key that did not exist yet had its default.
     saved = {**DEFAULTS, **saved}
-    changed = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
+    changed = [name for name in {**saved, **present} if saved.get(name) != present.get(name)]
     if not changed:
         return []
     remedy = f"the run's own figures were measured with a different {' and '.join(changed)}"

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, Self
 from pipeline.data.arguments import DataArguments, option
 from pipeline.files import as_list, read_json, read_run, relocate
 from pipeline.rewards.table import NO_VERDICT
-from pipeline.stages import HELD_OUT, OPPONENT, STAGES
+from pipeline.stages import HELD_OUT, OPPONENT, STAGES, kind_in_name, stage_order
 from pipeline.stages.kinds import StageKind
 
 FILE = "evaluate.yaml"
@@ -221,7 +221,13 @@ FACTS = {item.name for item in fields(RunFacts)}
 
 @dataclass(frozen=True)
 class Settings:
-    """How the stages of a run are measured: what the file asks for, and what follows from the run, a directory."""
+    """How the stages of a run are measured.
+
+    Attributes:
+        run: Directory of the run.
+        requested: What `evaluate.yaml` and the command ask for, completed with defaults.
+        facts: What follows from the stages.
+    """
 
     run: Path
     requested: EvaluationArguments
@@ -240,11 +246,12 @@ class Settings:
 
 
 def _stages_by_data(run: Iterable[TrainedStage]) -> dict[str, TrainedStage]:
-    """Return the stage on whose data the others are measured as well, for each key of evaluate.yaml with such a stage.
+    """Return, by key of evaluate.yaml, the stage whose held-out rows all stages are measured on by default.
 
-    Of several kinds of stages with such data, it is the last in the order of training.
+    Of several kinds of stages that train on data of a key, it is the last in the order of training. Keys on whose data
+    no stage trains are absent.
     """
-    # The last stage of each kind. The first reward model is the one that PPO is trained with; others are judges.
+    # The last stage of each kind; but the first reward model, as PPO is trained with that one, and others are judges.
     last: dict[str, TrainedStage] = {}
     for stage in run:
         if stage.kind not in last or stage.info.generates:
@@ -258,7 +265,7 @@ def _stages_by_data(run: Iterable[TrainedStage]) -> dict[str, TrainedStage]:
 
 
 def _templates_of(run: Iterable[TrainedStage]) -> dict[str, Any]:
-    """Return the chat template arguments of each stage that has any, by its name."""
+    """Return the chat template arguments (`chat_template_kwargs`) of each stage that has any, by its name."""
     templates: dict[str, Any] = {}
     for stage in run:
         arguments = stage.values.get("chat_template_kwargs")
@@ -287,7 +294,7 @@ def _source_of(values: Values) -> dict[str, Any]:
 
 
 def _measured_source(key: str, values: Values) -> dict[str, Any]:
-    """Return how a stage reads its data, with the reward that also grades answers to held-out problems."""
+    """Return how a stage reads its data, and by which of its rewards held-out problems are graded, if by any."""
     source = _source_of(values)
     rewards = as_list(values.get("reward_funcs") or [])
     # By default, problems are graded as `exact_answer` and `math_answer` do.
@@ -298,7 +305,7 @@ def _measured_source(key: str, values: Values) -> dict[str, Any]:
 
 
 def _with_common_division(source: dict[str, Any], run: Iterable[TrainedStage]) -> dict[str, Any]:
-    """Return the source of a stage with the division that holds out no row on which any of the stages trains.
+    """Return the source of a stage, divided so that no stage trains on a row that is held out.
 
     Stages that read the same data set usually hold out the same rows. With shares of 1/20 and 1/8 they agree on every
     40th row, with a share of 0 on none; a stage that reads a stream divides only its first file.
@@ -322,7 +329,10 @@ def _with_common_division(source: dict[str, Any], run: Iterable[TrainedStage]) -
 
 
 def _further_sources(run: Iterable[TrainedStage], measured: Mapping[str, Values], home: Path) -> dict[str, Values]:
-    """Return the other data of the user that stages train on, by stage: they may not be measured either."""
+    """Return the further data of the user that stages train on, by the name of the stage.
+
+    They are not measured by default. If the user names them in `evaluate.yaml`, only their held-out rows are.
+    """
     covered: set[tuple[str, str]] = set()
     for source in measured.values():
         covered |= _places_of(source)
@@ -339,7 +349,11 @@ def _further_sources(run: Iterable[TrainedStage], measured: Mapping[str, Values]
 
 
 def _base_of(run: Sequence[TrainedStage], home: Path) -> Values:
-    """Return the settings of the first stage that names a model, or {} if another stage writes that model."""
+    """Return the settings of the stage with which the run starts from a finished model.
+
+    That is the first stage that names a model. Return {} if another stage of the run writes that model, or if no stage
+    names one.
+    """
     written = {str(home / stage.name) for stage in run}
     starts = [stage.values for stage in run if stage.values.get("model_name_or_path")]
     if not starts or str(starts[0]["model_name_or_path"]) in written:
@@ -358,11 +372,18 @@ def _places_of(source: Values) -> set[tuple[str, str]]:
 
 
 def complete(content: Values, facts: RunFacts, only_named: bool = False) -> dict[str, Any]:
-    """Complete the content of an `evaluate.yaml` with defaults and with what follows from the run.
+    """Return the content of an `evaluate.yaml`, completed with defaults and with what follows from the run.
 
-    The file takes precedence over the stages, and the stages over the defaults. A key of data has the fields of
-    `Source`, None if the data are omitted, and is absent if no stage has such data. If `only_named`, the data that
-    stages train on are omitted.
+    The file takes precedence over the stages, and the stages over the defaults.
+
+    Args:
+        content: The content of the file.
+        facts: What follows from the stages.
+        only_named: Whether to omit the data that stages train on unless the file names them.
+
+    Returns:
+        The content. A key of data has the fields of `Source`, or None if the data are omitted; it is absent if neither
+        the file nor a stage has such data.
     """
     completed = DEFAULTS | dict(content)
     completed["against"] = content.get("against") or facts.against
@@ -388,9 +409,9 @@ def complete(content: Values, facts: RunFacts, only_named: bool = False) -> dict
 
 
 def _division_of(source: Values, facts: RunFacts) -> dict[str, Any]:
-    """Return how a stage that trains on a data set divides it, perhaps by another path; {} if none trains on it.
+    """Return how a data set is divided by the stage that trains on it, as fields of `Source`; {} if none does.
 
-    Only the rows that the stage holds out are measured.
+    The stage may name the same file by another path. Only the rows that it holds out are measured.
     """
     place = _place(source.get("dataset_name"), source)
     for trained_on in facts.trained_on.values():
@@ -437,11 +458,10 @@ def _facts_on_disk(run: Path) -> RunFacts:
     """Return what follows from the arguments in the directories of a run's stages."""
     stages = []
     homes = []
-    for path in sorted(run.glob("[0-9]*_*/arguments.json")):
-        # The kind of a stage is in the name of its directory: "sft" in "2_sft_again".
-        name = path.parent.name
-        values = read_json(path)
-        stages.append((name, name.split("_")[1], values))
+    paths = {path.parent.name: path for path in run.glob("[0-9]*_*/arguments.json")}
+    for name in sorted(paths, key=stage_order):
+        values = read_json(paths[name])
+        stages.append((name, kind_in_name(name), values))
         if values.get("output_dir"):
             homes.append(Path(values["output_dir"]).parent)
     home = homes[0] if homes else run
@@ -449,7 +469,7 @@ def _facts_on_disk(run: Path) -> RunFacts:
 
 
 def relocated(content: Values, facts: RunFacts, run: Path) -> tuple[dict[str, Any], RunFacts]:
-    """Return settings with the paths of a run that may have been moved: those inside its `home` are inside `run`."""
+    """Return content and facts in which the paths inside the run's `home` lie inside `run`, where it is now."""
     # The name of a stage is not a path.
     moved = {key: value if key == "against" else relocate(value, facts.home, run) for key, value in content.items()}
     paths = {}
@@ -474,14 +494,14 @@ def find_settings(run: Path, content: Values, facts: RunFacts) -> Settings:
     opponents = [path.parent.name for path in run.glob(f"[0-9]*_{OPPONENT}*/*.json")]
 
     requested = {**in_layout, **content}
-    requested["against"] = content.get("against") or max(opponents, default=None)
+    requested["against"] = content.get("against") or max(opponents, key=stage_order, default=None)
     names = {item.name for item in fields(EvaluationArguments)}
     arguments = EvaluationArguments(**{name: value for name, value in requested.items() if name in names})
     return Settings(run, arguments, replace(facts, trained_on={**in_layout, **facts.trained_on}))
 
 
 def named_code(record: Values) -> list[str]:
-    """Return the code of a user's that settings name: functions, as `module:function`, and files of lm-eval's tasks."""
+    """Return the user's code that settings name: functions, as `module:function`, and files of lm-eval's tasks."""
     functions = [record.get("judge")]
     for key in HELD_OUT:
         source = record.get(key)

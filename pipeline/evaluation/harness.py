@@ -42,11 +42,15 @@ FIELD = "lm_eval_tasks"
 
 @cache
 def find_tasks(tasks: tuple[str, ...]) -> tuple[TaskManager, dict[str, list[str]]]:
-    """Return lm-eval's index, and the names in it of each task: several for a name with wildcards, or none."""
+    """Return lm-eval's index of tasks, and the names in the index that each task stands for.
+
+    A task with wildcards stands for several names, an unknown one for none: {"arc_*": ["arc_easy", "arc_challenge"]}.
+    """
     from lm_eval.tasks import TaskManager
 
     files = {task: Path(task).resolve() for task in tasks if task.endswith(".yaml") and Path(task).is_file()}
-    # lm-eval opens a task by its path. A group may name tasks of its folder and lm-eval's own, indexed in seconds.
+    # lm-eval opens the file of a task by its path. A group may name other tasks, of its folder or of lm-eval itself, so
+    # the folder is indexed, and so are lm-eval's own tasks, which takes seconds.
     groups = [path for path in files.values() if re.search("^group:", path.read_text(encoding="utf-8"), re.MULTILINE)]
     defaults = bool(groups) or len(files) < len(tasks)
     index = TaskManager(include_path=[path.parent for path in groups], include_defaults=defaults)
@@ -61,7 +65,7 @@ def find_tasks(tasks: tuple[str, ...]) -> tuple[TaskManager, dict[str, list[str]
 
 
 def check_tasks(tasks: Sequence[str]) -> list[Problem]:
-    """Check that lm-eval is installed and knows the tasks. Their data are not checked here."""
+    """Check that lm-eval is installed and has the tasks. Their data are not checked here."""
     if not tasks:
         return []
     if find_spec("lm_eval") is None:
@@ -84,9 +88,9 @@ def measure_tasks(result: StageResult, chat: ChatModel, tasks: Sequence[str], li
     estimates = {task: _estimates(figures) for task, figures in measured["results"].items()}
     # A group is recorded with its tasks as kinds, which then have no metrics of their own.
     subtasks = {group: measured["group_subtasks"][group] for group in measured.get("groups", {})}
-    inner = set(chain.from_iterable(subtasks.values()))
+    tasks_of_groups = set(chain.from_iterable(subtasks.values()))
     for task in [*measured["samples"], *subtasks]:
-        if task in inner:
+        if task in tasks_of_groups:
             continue
         for key, estimate in estimates.get(task, {}).items():
             # A slash in the name would mean a baseline.
@@ -97,11 +101,19 @@ def measure_tasks(result: StageResult, chat: ChatModel, tasks: Sequence[str], li
                     kinds[part] = estimates[part][key]
             result.metrics[name] = replace(estimate, by_kind=kinds)
             if task not in subtasks:
-                _use_examples(result, name, task, key, measured["samples"][task])
+                _estimate_from_examples(result, name, task, key, measured["samples"][task])
 
 
 def _evaluate(chat: ChatModel, tasks: Sequence[str], limit: int | None) -> Mapping[str, Any]:
-    """Return what lm-eval measures: by task, its `results` and the `samples`, and the tasks of each group."""
+    """Return what lm-eval measures.
+
+    Returns:
+        `results` are the metrics of each task and group, `samples` the examples of each task, and `group_subtasks` the
+        tasks of each group.
+
+    Raises:
+        UserError: If lm-eval fails.
+    """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -148,8 +160,21 @@ def _estimates(figures: Mapping[str, Any]) -> dict[str, Estimate]:
     return estimates
 
 
-def _use_examples(result: StageResult, name: str, task: str, key: str, samples: Sequence[Mapping[str, Any]]) -> None:
-    """Record a metric with its examples if it is their mean; otherwise, only with an interval."""
+def _estimate_from_examples(
+    result: StageResult, name: str, task: str, key: str, samples: Sequence[Mapping[str, Any]]
+) -> None:
+    """Replace a recorded metric by an estimate from lm-eval's examples, if they give the same value.
+
+    A mean over examples is recorded with the examples. A perplexity, or a number of bits per byte, only gets another
+    interval. Any other metric stays as it is.
+
+    Args:
+        result: Where the metric is recorded.
+        name: Name of the metric in `result`.
+        task: Name of the task.
+        key: lm-eval's name of the metric, such as "acc,none".
+        samples: Examples of the task, for all ways of extracting answers.
+    """
     estimate = result.metrics[name]
     metric, _, way = key.partition(",")
     samples = [item for item in samples if item["filter"] == way and metric in item]
@@ -160,12 +185,24 @@ def _use_examples(result: StageResult, name: str, task: str, key: str, samples: 
         rows = [{"id": item["doc_id"], "kind": task, "document": item["doc_hash"]} for item in samples]
         result.record(name, values, rows)
     elif all(isinstance(value, tuple | list) and len(value) == 2 for value in values):
-        # Log-likelihoods, and numbers of words or bytes, from which perplexities and bits per byte are computed.
+        # The values are pairs: the log-likelihood of a document in nats, and its number of words or bytes. From their
+        # mean, lm-eval computes a perplexity or bits per byte, both of which fall as the log-likelihood rises.
         mean = intervals.ratio([value[0] for value in values], [value[1] for value in values], result.seed)
-        for computed in (lambda x: math.exp(-x), lambda x: -x / math.log(2)):
-            if _are_close(computed(mean.value), estimate.value) and mean.low is not None and mean.high is not None:
-                result.metrics[name] = replace(estimate, low=computed(mean.high), high=computed(mean.low))
+        for formula in (_perplexity, _bits):
+            if _are_close(formula(mean.value), estimate.value) and mean.low is not None and mean.high is not None:
+                result.metrics[name] = replace(estimate, low=formula(mean.high), high=formula(mean.low))
 
 
-def _are_close(mean: float, estimate: float) -> bool:
-    return math.isclose(mean, estimate, rel_tol=1e-6, abs_tol=1e-9)
+def _perplexity(log_likelihood: float) -> float:
+    """Return the perplexity that follows from a mean log-likelihood in nats."""
+    return math.exp(-log_likelihood)
+
+
+def _bits(log_likelihood: float) -> float:
+    """Return the negative of a mean log-likelihood in nats, in bits."""
+    return -log_likelihood / math.log(2)
+
+
+def _are_close(value: float, estimate: float) -> bool:
+    """Return whether a value that was computed here is lm-eval's, up to rounding."""
+    return math.isclose(value, estimate, rel_tol=1e-6, abs_tol=1e-9)

@@ -23,7 +23,7 @@ from pipeline.evaluation.parts import Example, Part, Reader, Rows
 from pipeline.files import as_list, read_run
 from pipeline.rewards.graders import COMPARED, Grader, grade_rows, load_grader
 from pipeline.rewards.sandbox.run import validate_sandbox
-from pipeline.stages import HELD_OUT, STAGES
+from pipeline.stages import HELD_OUT, STAGES, kind_in_name
 
 logger = logging.getLogger(__name__)
 
@@ -49,18 +49,22 @@ FIXED_PROMPTS: tuple[str, ...] = (
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out examples, in a list for each key of `evaluate.yaml`; the list is empty without data.
+    """The rows that a stage is measured on.
 
     Attributes:
+        text, instructions, problems, prompts, pairs: Held-out examples of these keys of `evaluate.yaml`; empty if there
+            are no such data.
         longer: Problems that are longer than any in the training split.
-        majority: Most frequent answer of each kind of problem in the training split.
+        majority: Most frequent answer of each kind of problem in the training split, for the baseline `majority`.
         validation: Other prompts, whose answers are not code, for the baseline `constant`.
-        trials, shots: Other problems, and beginnings of conversations with solved problems, for `elicited`.
-        grader, can_vote: Grades `problems`, and whether samples can vote on an answer.
+        trials: Other problems, on which the baseline `elicited` chooses how to ask.
+        shots: Beginnings of conversations with solved problems, for the baseline `elicited`.
+        grader: Grades answers to `problems`.
         graded: Whether `problems` are graded at all. Otherwise they have nothing but the reward of an environment.
+        can_vote: Whether answers to `problems` have a final answer, so that samples can vote for one.
         fixed_prompts: Conversations that every stage answers.
         remarks: Doubts about the data, for the report.
-        suspects: Key of training rows -> the rows, and the keys of held-out data that they might contain copies of.
+        suspects: Name of training rows -> the rows, and the keys of held-out data that they might contain copies of.
     """
 
     text: list[Example] = field(default_factory=list)
@@ -81,20 +85,20 @@ class HeldOut:
     suspects: Mapping[str, tuple[Part, list[str]]] = field(default_factory=dict)
 
 
-def read_held_out(settings: Settings, flags: Collection[str], baselines: bool) -> HeldOut:
+def read_held_out(settings: Settings, keys_of_options: Collection[str], baselines: bool) -> HeldOut:
     """Read the held-out rows of the data in the settings and, for `baselines`, the rows that only these need.
 
     tests/evaluation/test_held_out.py guards that no stage of the run trains on any of these rows.
 
     Args:
         settings: How the run is measured.
-        flags: Keys whose data an option of the command names.
+        keys_of_options: Keys whose data an option of the command names.
         baselines: Whether baselines are measured.
 
     Raises:
         UserError: If a data set cannot be read, or if the data that options name have no rows.
     """
-    reader = Reader(settings, flags)
+    reader = Reader(settings, keys_of_options)
     most = {name: settings.requested.limit or number for name, number in EXAMPLES.items()}
     parts: dict[str, Part] = {}
     rows: dict[str, list[Example]] = {key: [] for key in HELD_OUT}
@@ -124,14 +128,17 @@ def read_held_out(settings: Settings, flags: Collection[str], baselines: bool) -
         graded=grade not in COMPARED or all("answer" in row for row in problems),
         can_vote=grade in COMPARED,
         fixed_prompts=_choose_fixed_prompts(settings, rows),
-        remarks=list(_divided_otherwise(settings.run)),
+        remarks=list(_remarks_on_division(settings.run)),
         suspects=_find_suspects(reader, parts),
         **for_baselines,
     )
-    if flags and not any(getattr(held_out, key) for key in HELD_OUT):
-        remedy = "has no rows to measure on"
-        names = {key: (settings.requested.source(key) or {}).get("dataset_name") for key in flags}
-        raise UserError(*(Problem(f"{key}: dataset_name", name, remedy) for key, name in names.items()))
+    if keys_of_options and not any(getattr(held_out, key) for key in HELD_OUT):
+        problems_of_keys: list[Problem] = []
+        for key in keys_of_options:
+            source = settings.requested.source(key) or {}
+            problem = Problem(f"{key}: dataset_name", source.get("dataset_name"), "has no rows to measure on")
+            problems_of_keys.append(problem)
+        raise UserError(*problems_of_keys)
     return held_out
 
 
@@ -147,9 +154,10 @@ def _warn_of_missing_system_prompts(reader: Reader, rows: Mapping[str, Rows]) ->
 
 
 def _choose_fixed_prompts(settings: Settings, rows: Mapping[str, Rows]) -> list[Sequence[dict[str, str]]]:
-    """Return the conversations that every stage answers: those of the settings, or else held-out prompts.
+    """Return the conversations that every stage answers.
 
-    If the run generates its data, `FIXED_PROMPTS` are taken instead of held-out prompts.
+    They are the `fixed_prompts` of the settings, or else, in a run that generates its data, `FIXED_PROMPTS`, or else
+    held-out prompts.
     """
     texts: Sequence[str] = settings.requested.fixed_prompts or ()
     if not texts and (settings.run / "data").is_dir():
@@ -167,8 +175,8 @@ def _choose_fixed_prompts(settings: Settings, rows: Mapping[str, Rows]) -> list[
 def _find_suspects(reader: Reader, parts: Mapping[str, Part]) -> dict[str, tuple[Part, list[str]]]:
     """Return the training rows that might contain copies of held-out rows, as `HeldOut.suspects`.
 
-    Pairs, for instance, may be made from test problems. Only data that the run generates itself cannot contain copies.
-    A stream is only searched for its own held-out rows.
+    Pairs, for instance, may be made from test problems. Only among the data that the run generates itself, there are no
+    copies. A stream is only searched for its own held-out rows.
     """
     suspects: dict[str, tuple[Part, list[str]]] = {}
     for trained_key, sources in reader.trained_on.items():
@@ -192,10 +200,13 @@ def _find_suspects(reader: Reader, parts: Mapping[str, Part]) -> dict[str, tuple
     return suspects
 
 
-def _divided_otherwise(run: Path) -> Iterator[str]:
-    """Yield remarks on stages that an earlier release trained, which held out other rows of their data."""
+def _remarks_on_division(run: Path) -> Iterator[str]:
+    """Yield a remark for each data set whose rows an earlier release divided differently when it trained a stage.
+
+    Such a stage was trained on rows that are held out by the present release.
+    """
     for step, entry in read_run(run).get("steps", {}).items():
-        kind = STAGES.get(step.partition("_")[2].partition("_")[0])
+        kind = STAGES.get(kind_in_name(step))
         values = entry.get("values", {})
         share = values.get("validation_share", DataArguments.validation_share)
         if entry.get("division") == DIVISION or kind is None or not values.get("dataset_name") or not share:
@@ -208,18 +219,26 @@ def _divided_otherwise(run: Path) -> Iterator[str]:
             source = Source(**{**fields_of_source, "dataset_name": name, "validation_share": 0.0})
             # The data may be on another machine.
             with suppress(UserError):
-                if _was_divided_otherwise(source, kind.data):
+                if _has_moved_division(source, kind.data):
                     remark = f"{step}: an earlier release trained it, which held out other rows of {name}, so that it "
                     remark += "knows rows that are measured; train it again to measure it on rows that it has not seen"
                     yield remark
 
 
-def _was_divided_otherwise(source: Source, kind: str | None) -> bool:
-    """Return whether earlier releases held out other rows of a data set: they numbered the rows that were left."""
+def _has_moved_division(source: Source, content: str) -> bool:
+    """Return whether earlier releases held out other rows of a data set than the present one.
+
+    Rows are held out by their number. Earlier releases numbered the rows after some of them had been dropped: by
+    `keep_rows` or, in pairs from files of the user, for any reason. The present release numbers the rows of the file.
+    So there is a difference if any row is dropped.
+
+    Args:
+        source: One data set, with a `validation_share` of 0, so that no row is held out.
+        content: Content of its rows, as in `StageKind.data`.
+    """
     name = source.dataset_names[0]
-    # Of pairs, only files of the user were divided after some had gone.
-    are_own_pairs = kind in ("preference", "unpaired") and Path(name).exists()
-    if not source.keep_rows and not are_own_pairs:
+    are_pairs_of_user = content in ("preference", "unpaired") and Path(name).exists()
+    if not source.keep_rows and not are_pairs_of_user:
         return False
     splits = open_source(name, source.dataset_config, source.dataset_streaming, source.document)
     rows = splits.get(source.dataset_train_split)
@@ -228,14 +247,22 @@ def _was_divided_otherwise(source: Source, kind: str | None) -> bool:
     # The number of rows of a stream is not known.
     if source.keep_rows or not isinstance(rows, Dataset):
         return True
-    remaining, _ = load_splits(source, "preference" if kind == "preference" else "unpaired", evaluation=False)
+    remaining, _ = load_splits(source, "preference" if content == "preference" else "unpaired", evaluation=False)
     return len(remaining) != len(rows)
 
 
 def _read_for_baselines(
     reader: Reader, parts: Mapping[str, Part], problems: Rows, settings: Settings, most: int
 ) -> dict[str, Any]:
-    """Return the fields of `HeldOut` that only baselines need; of the prompts for validation, at most `most`."""
+    """Return the fields of `HeldOut` that only baselines need.
+
+    Args:
+        reader: Reads the rows.
+        parts: The held-out rows, by key.
+        problems: The held-out problems that are measured.
+        settings: How the run is measured.
+        most: Maximum number of prompts for `validation`.
+    """
     # The user's own problems have no training split here whose answers would be informative.
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     if "problems" not in reader.named_by_user:
@@ -245,8 +272,9 @@ def _read_for_baselines(
     shots = _draw_shots(reader, problems, settings.requested.shots)
 
     def rows_to_choose_on(key: str, most: int) -> list[Example]:
-        """Return rows to choose a baseline on: of a separate validation split if there is one, else of training."""
+        """Return rows, other than those that are measured, on which the best variant of a baseline is chosen."""
         part = reader.find(key, "validation")
+        # Without a validation split, or if that is measured, they are training rows.
         if key in parts and (part is None or part.place == parts[key].place):
             part = reader.find(key, trained_on=True)
         return reader.read(key, part, most)
@@ -263,7 +291,7 @@ def _read_for_baselines(
 
 
 def _draw_shots(reader: Reader, problems: Rows, number: int) -> list[list[dict[str, str]]]:
-    """Draw two beginnings of conversations, each with so many solved problems; [] if there are fewer."""
+    """Draw two beginnings of conversations, each with `number` solved problems; [] if there are not enough problems."""
     if number <= 0:
         return []
     # Solved problems are among the conversations that a stage trains on.
@@ -281,7 +309,7 @@ def _draw_shots(reader: Reader, problems: Rows, number: int) -> list[list[dict[s
 
 
 def drop_ungradable(rows: Rows) -> list[Example]:
-    """If code cannot be graded, drop the rows whose answers are code, and log that."""
+    """Return the rows, without those whose answers are code if code cannot be run here, which is logged."""
     if any(row.get("test") for row in rows):
         fault = validate_sandbox()
         if fault:

@@ -7,7 +7,7 @@ one problem are not eight problems. The bootstrap is seeded, so the same values 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from statistics import NormalDist, fmean, stdev
@@ -17,9 +17,9 @@ import numpy as np
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
-"""Bootstrap samples of a ratio or a mean; of any other statistic, `resample` draws 500."""
+"""Number of bootstrap samples of a ratio or a mean; of any other statistic, `resample` draws 500."""
 MOST_COUNTS = 4_000_000
-"""Largest number of entries in an array that says how often each unit is drawn."""
+"""Largest number of entries in an array of `_bootstrap_counts`, which then has 8 MB."""
 TAILS = ((1 - CONFIDENCE) / 2, 1 - (1 - CONFIDENCE) / 2)
 """Quantiles at which a percentile interval ends."""
 Z = NormalDist().inv_cdf(TAILS[1])
@@ -80,8 +80,8 @@ class Estimate:
 
 
 def finite(value: Any) -> float | None:
-    """Return `value` as a float, or None if it is not a finite number of usable size."""
-    # With larger ones, differences and squares would overflow.
+    """Return `value` as a float, or None if it is not a number, or not finite, or at least 1e100."""
+    # Differences and squares of larger numbers would overflow.
     if isinstance(value, int | float) and abs(value) < 1e100:
         return float(value)
     return None
@@ -105,10 +105,15 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
     return low, high
 
 
-def _draw_counts(n: int, seed: int) -> Iterator[np.ndarray]:
-    """Yield how often each of `n` units is drawn, a row for each resample: so the units need not be copied.
+def _bootstrap_counts(n: int, seed: int) -> Iterator[np.ndarray]:
+    """Draw bootstrap samples of `n` units, and yield how often each sample has each unit.
 
-    However many units there are, an array has at most `MOST_COUNTS` entries.
+    With these counts, the sums over a sample are a product of matrices, and the units need not be copied. For three
+    units, a sample of the second one, the third one and the third one again is [0, 1, 2].
+
+    Yields:
+        Counts of the next samples, shape (samples, n). There are `RESAMPLES` in all. An array has as many of them as
+        `MOST_COUNTS` entries have room for, at least one.
     """
     generator = np.random.default_rng(seed)
     rows = max(1, MOST_COUNTS // n)
@@ -116,8 +121,10 @@ def _draw_counts(n: int, seed: int) -> Iterator[np.ndarray]:
         yield generator.multinomial(n, np.full(n, 1 / n), size=min(rows, RESAMPLES - start)).astype(np.int16)
 
 
-# A report needs few numbers of units, many times.
-_keep_counts = lru_cache(maxsize=16)(lambda n, seed: list(_draw_counts(n, seed)))
+@lru_cache(maxsize=16)
+def _cached_counts(n: int, seed: int) -> list[np.ndarray]:
+    """Return all arrays of `_bootstrap_counts`. A report needs the same few numbers of units many times."""
+    return list(_bootstrap_counts(n, seed))
 
 
 def ratio(totals: Sequence[float], weights: Sequence[float], seed: int = 0) -> Estimate:
@@ -133,29 +140,50 @@ def ratio(totals: Sequence[float], weights: Sequence[float], seed: int = 0) -> E
         return Estimate(float("nan"), n=0)
     if n == 1:
         return Estimate(float(numerator[0] / denominator[0]), n=1)
-    # sum(totals) of a resample is (how often each unit is drawn) @ totals, for all resamples in one product.
-    parts = _keep_counts(n, seed) if n * RESAMPLES <= MOST_COUNTS else _draw_counts(n, seed)
-    sums = [(counts @ numerator, counts @ denominator) for counts in parts]
+    arrays: Iterable[np.ndarray]
+    if n * RESAMPLES <= MOST_COUNTS:
+        arrays = _cached_counts(n, seed)
+    else:
+        arrays = _bootstrap_counts(n, seed)
+    sums = [(counts @ numerator, counts @ denominator) for counts in arrays]
+    # The sums of each bootstrap sample, shape (RESAMPLES,).
     total, weight = map(np.concatenate, zip(*sums, strict=True))
-    # A resample may happen to draw only units without weight.
+    # A sample may happen to have only units without weight.
     low, high = np.quantile(total[weight > 0] / weight[weight > 0], TAILS)
     return Estimate(float(numerator.sum() / denominator.sum()), low, high, n)
 
 
 def mean(values: Sequence[float], seed: int = 0, units: Sequence[Hashable] | None = None) -> Estimate:
-    """Estimate a mean, with a bootstrap interval over the unit of each value; by default, each is a unit of its own."""
+    """Estimate a mean, with a bootstrap interval over units.
+
+    Args:
+        values: The values.
+        seed: Seed of the bootstrap.
+        units: The unit of each value, such as its prompt. Default: each value is its own unit.
+    """
     n = len(values)
-    number = np.arange(n) if units is None else _numbered(units)
-    estimate = ratio(np.bincount(number, values), np.bincount(number), seed)
-    value = float(np.mean(values)) if n else math.nan
+    if units is None:
+        numbers = np.arange(n)
+    else:
+        numbers = _number_units(units)
+    # The sum of the values of each unit, and how many it has.
+    estimate = ratio(np.bincount(numbers, values), np.bincount(numbers), seed)
+    value = math.nan
+    if n:
+        value = float(np.mean(values))
     return replace(estimate, value=value, n=n)
 
 
 def outcome_mean(outcomes: Sequence[float], seed: int = 0, units: Sequence[Hashable] | None = None) -> Estimate:
-    """Estimate the mean of outcomes between 0 and 1: Wilson's interval if all are 0 or 1, else the bootstrap's.
+    """Estimate the mean of outcomes between 0 and 1, such as the share of right answers.
 
-    Each outcome belongs to one of the `units`, by default its own. If units have several, Wilson's interval uses the
-    number of independent outcomes with the same variance (Kish 1965).
+    If all outcomes are 0 or 1, the interval is Wilson's; otherwise, it is bootstrapped over units. For units with
+    several outcomes, Wilson's interval is the one of as many independent outcomes as have the same variance.
+
+    Args:
+        outcomes: The outcomes.
+        seed: Seed of the bootstrap.
+        units: The unit of each outcome, such as its prompt. Default: each outcome is its own unit.
     """
     if not all(value in (0, 1) for value in outcomes):
         return mean(outcomes, seed, units)
@@ -165,63 +193,88 @@ def outcome_mean(outcomes: Sequence[float], seed: int = 0, units: Sequence[Hasha
     successes = float(sum(outcomes))
     if units is None:
         return Estimate(successes / n, *wilson(successes, n), n)
-    # Eight answers to one prompt are worth between one and eight independent ones, depending on how alike they are. The
-    # effect is the variance of the grouped outcomes' mean, divided by the variance if all were independent.
-    number = _numbered(units)
-    groups = int(number.max()) + 1
-    deviations = np.asarray(outcomes, dtype=np.float64) - successes / n
-    alone = np.square(deviations).sum()
-    # If all outcomes are equal, the similarity within a unit is unknown: assume that they are always the same.
-    effect = n / groups
-    if alone > 0 and groups > 1:
-        grouped = np.square(np.bincount(number, deviations)).sum()
-        effect = (grouped * groups / (groups - 1)) / (alone * n / (n - 1))
-    independent = n / max(1.0, effect)
+    independent = _independent_outcomes(outcomes, units)
     return Estimate(successes / n, *wilson(successes / n * independent, independent), n)
 
 
-def _numbered(units: Sequence[Hashable]) -> np.ndarray:
-    """Number the units from 0, in the order of their first occurrence."""
-    number = {unit: index for index, unit in enumerate(dict.fromkeys(units))}
-    return np.array([number[unit] for unit in units])
+def _independent_outcomes(outcomes: Sequence[float], units: Sequence[Hashable]) -> float:
+    """Return the number of independent outcomes whose mean varies as much as the mean of these (Kish 1965).
+
+    Eight answers to one prompt are worth between one and eight independent answers, depending on how alike they are.
+    """
+    n = len(outcomes)
+    numbers = _number_units(units)
+    groups = int(numbers.max()) + 1
+    deviations = np.asarray(outcomes, dtype=np.float64) - sum(outcomes) / n
+    sum_of_squares = np.square(deviations).sum()
+    # The design effect is the variance of the mean, divided by the variance if all outcomes were independent. If all
+    # outcomes are equal, it cannot be estimated: assume that the outcomes of a unit are always the same.
+    design_effect = n / groups
+    if sum_of_squares > 0 and groups > 1:
+        sum_of_unit_squares = np.square(np.bincount(numbers, deviations)).sum()
+        design_effect = (sum_of_unit_squares * groups / (groups - 1)) / (sum_of_squares * n / (n - 1))
+    return n / max(1.0, design_effect)
 
 
-def mean_difference(differences: Sequence[float], weights: Sequence[float], of_share: bool = False) -> Estimate:
-    """Estimate the weighted mean of paired differences, one per unit, with a bootstrap interval.
+def _number_units(units: Sequence[Hashable]) -> np.ndarray:
+    """Return a number for each unit, from 0 in the order of first occurrence: [0, 1, 0] for ["b", "a", "b"]."""
+    numbers = {unit: number for number, unit in enumerate(dict.fromkeys(units))}
+    return np.array([numbers[unit] for unit in units])
 
-    With `of_share`, they lie between -1 and 1. If they are all equal, or are all -1, 0 or 1, the interval is the one of
-    Bonett and Price (2012, "Adjusted Wald confidence interval for a difference of binomial proportions based on paired
-    data"): the normal one after one more gain and one more loss. A bootstrap of 24 zeros would have no width.
+
+def mean_difference(differences: Sequence[float], weights: Sequence[float], is_share: bool = False) -> Estimate:
+    """Estimate the weighted mean of paired differences, such as between two models' outcomes on the same problems.
+
+    The interval is bootstrapped, except where that could give one without width: 24 zeros are 24 zeros in each
+    bootstrap sample.
+
+    Args:
+        differences: The difference of each unit.
+        weights: The weight of each unit.
+        is_share: Whether the mean is the difference of two shares, so that it lies between -1 and 1.
     """
     n = len(differences)
-    are_counts = set(differences) <= {-1.0, 0.0, 1.0} or len(set(differences)) == 1
-    if n < 2 or not of_share or not are_counts or len(set(weights)) > 1:
-        totals = [difference * weight for difference, weight in zip(differences, weights, strict=True)]
-        return ratio(totals, weights)
+    distinct = set(differences)
+    has_few_values = distinct <= {-1.0, 0.0, 1.0} or len(distinct) == 1
+    is_weighted = len(set(weights)) > 1
+    if is_share and n >= 2 and has_few_values and not is_weighted:
+        return _difference_of_shares(differences)
+    totals = [difference * weight for difference, weight in zip(differences, weights, strict=True)]
+    return ratio(totals, weights)
+
+
+def _difference_of_shares(differences: Sequence[float]) -> Estimate:
+    """Estimate the difference of two shares from paired differences: 1 for a gain, -1 for a loss, 0 for no change.
+
+    The interval is the normal one after one more gain and one more loss (Bonett and Price 2012, "Adjusted Wald
+    confidence interval for a difference of binomial proportions based on paired data").
+    """
+    n = len(differences)
     centre = sum(differences) / (n + 2)
-    spread = (sum(difference * difference for difference in differences) + 2) / (n + 2) - centre**2
-    half = Z * (spread / (n + 2)) ** 0.5
+    variance = (sum(difference * difference for difference in differences) + 2) / (n + 2) - centre**2
+    half = Z * (variance / (n + 2)) ** 0.5
     return Estimate(fmean(differences), max(centre - half, -1.0), min(centre + half, 1.0), n)
 
 
 def resample(function: Callable[[np.ndarray], float], units: Sequence[Hashable], seed: int = 0) -> np.ndarray:
-    """Return a statistic of rows for each of 500 bootstrap samples of their units.
+    """Return a statistic of rows for each of 500 bootstrap samples of their units, shape (500,).
 
-    Unlike a `ratio`, which needs no more than how often each unit is drawn, it is computed from the rows.
+    This is for statistics that are no `ratio` of sums over units, such as a correlation.
 
     Args:
-        function: Returns the statistic of the rows with the given indices, in which a row may occur several times.
-        units: The unit of each row.
-        seed: Seed of the resampling.
+        function: Returns the statistic of the rows with the indices in an array. An index may occur several times.
+        units: The unit of each row. A sample has all rows of a unit, as often as the unit is drawn.
+        seed: Seed of the bootstrap.
     """
-    number = _numbered(units)
-    # The rows of a unit are next to each other: unit u has rows[ends[u] - sizes[u] : ends[u]].
-    rows = np.argsort(number, kind="stable")
-    sizes = np.bincount(number)
+    numbers = _number_units(units)
+    # The indices of the rows, unit by unit: unit u has rows[ends[u] - sizes[u] : ends[u]].
+    rows = np.argsort(numbers, kind="stable")
+    sizes = np.bincount(numbers)
     ends = np.cumsum(sizes)
 
     def rows_of(drawn: np.ndarray) -> np.ndarray:
-        # In the sample, the rows of a unit follow the rows of the units drawn before:
+        """Return the indices of all rows of the units that were drawn, one unit after the other."""
+        # For three units with 2, 1 and 3 rows, of which the last one and then the first one are drawn:
         #
         #   sizes                 2  1  3
         #   drawn                 2        0     2
@@ -238,7 +291,10 @@ def resample(function: Callable[[np.ndarray], float], units: Sequence[Hashable],
 
 
 def statistic(function: Callable[[np.ndarray], float], units: Sequence[Hashable], seed: int = 0) -> Estimate:
-    """Estimate any statistic of rows, with a percentile interval over their units; arguments as for `resample`."""
+    """Estimate any statistic of rows, with a bootstrap interval over their units; arguments as for `resample`.
+
+    The rows of a single unit have no interval.
+    """
     value = function(np.arange(len(units)))
     if len(set(units)) < 2:
         return Estimate(value, n=len(units))
@@ -247,15 +303,15 @@ def statistic(function: Callable[[np.ndarray], float], units: Sequence[Hashable]
 
 
 def simultaneous(estimate: Estimate, tests: int, lowest: float = -math.inf, highest: float = math.inf) -> Estimate:
-    """Widen the interval over rows of one of several estimates, so that all hold together with 95% (Bonferroni).
+    """Widen the interval of one of several estimates, so that all hold together with 95% (Bonferroni).
 
-    Each interval then holds with 1 - 0.05 / tests. It is widened as much as a normal one would be, because 2000
+    Each interval then holds with 1 - 0.05 / tests. It is widened by the same factor as a normal interval, because 2000
     bootstrap samples say too little about ends so far out.
 
     Args:
-        estimate: An estimate with a 95% interval.
+        estimate: An estimate with a 95% interval over rows. Without an interval, it is returned as it is.
         tests: The number of estimates.
-        lowest, highest: The bounds of the value.
+        lowest, highest: The bounds of the value, beyond which the interval does not reach.
     """
     if tests == 1 or estimate.low is None or estimate.high is None:
         return estimate
@@ -273,16 +329,22 @@ def confidence_of_each(tests: int) -> float:
 def over_seeds(
     runs: Sequence[Estimate], lowest: float = -math.inf, highest: float = math.inf, *, tests: int = 1
 ) -> Estimate:
-    """Estimate the mean of a metric, which lies between `lowest` and `highest`, over runs of different seeds.
+    """Estimate the mean of a metric over runs of different seeds.
 
-    The interval is Student's over the runs' values, which vary with the training and with the test rows. `n` is the
-    number of runs. The estimate of a single run is returned as it is: its interval is over rows only. If the mean is
-    one of several `tests`, the interval is as wide as by `simultaneous`, which the caller applies to each run.
+    The interval is Student's over the values of the runs, which vary with the training and with the test rows. It is at
+    least as wide as the widest interval of a run. `n` is the number of runs. The estimate of a single run is returned
+    as it is: its interval is over rows only.
+
+    Args:
+        runs: The estimate of each run.
+        lowest, highest: The bounds of the metric, beyond which the interval does not reach.
+        tests: The number of estimates that are to hold together with 95%, for which Student's interval is widened. The
+            caller widens the intervals of the runs by `simultaneous`.
     """
     if len(runs) == 1:
         return runs[0]
-    # A few runs can agree by chance, so the interval is at least as wide as the widest of the runs' own. Those are over
-    # rows and do not shrink with the number of runs, because seeds often share their test rows.
+    # A few runs can agree by chance, which would make Student's interval too narrow. The intervals of the runs are over
+    # rows, and averaging does not narrow them, because seeds often share their test rows.
     n = len(runs)
     value = fmean(run.value for run in runs)
     half = student_t(n - 1, confidence_of_each(tests)) * stdev(run.value for run in runs) / n**0.5
@@ -293,9 +355,12 @@ def over_seeds(
 
 @cache
 def student_t(degrees: int, confidence: float = CONFIDENCE) -> float:
-    """Return half the width of Student's interval in standard errors, with at least one degree of freedom."""
-    # The density of t = sqrt(degrees) * tan(angle), as one of the angle, is proportional to cos(angle)^(degrees - 1).
-    # 100,000 strips give more exact digits than are ever printed, without SciPy.
+    """Return half the width of Student's interval in standard errors: 12.7 for one degree of freedom, 1.96 for many.
+
+    `degrees` is at least 1.
+    """
+    # With t = sqrt(degrees) * tan(angle), the density of the angle is proportional to cos(angle)^(degrees - 1). It is
+    # summed over 100,000 strips, which is exact to more digits than are ever printed, and needs no SciPy.
     edges = np.linspace(0, np.pi / 2, 100_001)
     covered = np.cumsum(np.cos((edges[:-1] + edges[1:]) / 2) ** (degrees - 1))
     return float(degrees**0.5 * np.tan(np.interp(confidence, covered / covered[-1], edges[1:])))

@@ -59,7 +59,7 @@ class Metric(Module):
 
 
 def summarise(outcomes: Iterable[float], seed: int = 0) -> dict[str, Any]:
-    """Return what every metric returns, for outcomes from 0 to 1, one for each example.
+    """Return the mean of outcomes from 0 to 1, one for each example, in the form that every metric has.
 
     Returns:
         `{"value", "ci95": [low, high], "n", "values"}`: the estimate of the mean, its interval (None if it is not
@@ -197,7 +197,7 @@ def estimate_pass_at_k(n: int, correct: int, k: int) -> float:
 
 
 def single_answers(answered: Sequence[Sequence[Completion]]) -> list[Completion]:
-    """Return the only completion of each prompt, of prompts that were answered once."""
+    """Return the only completion of each prompt, if each was answered once."""
     return [completion for (completion,) in answered]
 
 
@@ -360,7 +360,7 @@ def record_rewards(result: StageResult, chat: ChatModel, rows: Rows, completions
 
 
 def record_ends(result: StageResult, chat: ChatModel, completions: Sequence[Completion], rows: Rows, name: str) -> None:
-    """Record the length of the answers under `name`, and `stop_rate` unless other answers already measured it."""
+    """Record the mean length of answers in tokens under `name`, and `stop_rate` unless it has been recorded."""
     tokens = [completion.tokens for completion in completions]
     if "stop_rate" not in result.metrics:
         stops = stop_rate(tokens, end_tokens(chat.model, chat.tokenizer))

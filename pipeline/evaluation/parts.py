@@ -1,8 +1,13 @@
-"""The parts of data sets that evaluations read: the rows that are held out, or those that are trained on.
+"""The parts of data sets that evaluations read: the rows that are held out, or the rows that are trained on.
 
-A `Source` is a data set of evaluate.yaml, or of a stage; a `Part` is its held-out rows, or the rows that are trained
-on; an `Example` is a row with the columns that metrics expect. Training divides a single split by the same two
-functions (`is_divided` and `is_held_out` in `pipeline.data.splits`), so no stage is measured on rows that it trains on.
+    Source     a data set of evaluate.yaml, or of a stage
+      | Reader.find
+    Part       its held-out rows, or the rows that are trained on
+      | Reader.read
+    Example    a row, with the columns that metrics expect
+
+Training divides a single split by the same two functions (`is_divided` and `is_held_out` in `pipeline.data.splits`), so
+no stage is measured on rows that it trains on.
 """
 
 import logging
@@ -47,15 +52,21 @@ Rows = Sequence[Example]
 class Part:
     """The rows of a split that are held out, or the rows that are trained on.
 
+    A data set may have a split for each, or a single split that is divided by row number:
+
+        splits train, test                                        Part(test)
+        one split, of which a share of 0.05 is held out           Part(train, share=0.05)
+        the other rows of that split, which are trained on        Part(train, share=0.05, trained_on=True)
+
     Attributes:
-        data: Rows of a split. Of a stream of which rows are held out, only those of its first file.
+        data: All rows of the split. If a stream is divided, only its first file.
         source: The data set, and the names of its columns.
         place: What messages call the split.
-        share: If it is not 0, only one side of a single split that `is_held_out` divides belongs to the part: the rows
-            that are held out, or the others if `trained_on` is set.
-        trained_on: Whether the part has the rows that are trained on.
-        numbers: Numbers of the rows in their data set, which are fewer if `keep_rows` leaves some out. Default: all
-            rows of `data`, or those that a stream keeps.
+        share: Share of the rows of a single split that are held out; 0 if all rows of `data` belong to the part.
+        trained_on: Which side of a divided split the part is: False for the rows that are held out, True for the
+            others. It has no effect if `share` is 0.
+        numbers: Number of each row of `data` in the data set, from 0, by which it is divided; `keep_rows` may have left
+            some rows out. None: rows are numbered as they come.
     """
 
     data: Split
@@ -66,9 +77,10 @@ class Part:
     numbers: Sequence[int] | None = None
 
     def sample(self, most: int, without: str | None = None) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """Yield the number and content of at most `most` rows, in order; of a stream, the first ones.
+        """Yield at most `most` rows of the part in order, each with its number in the data set.
 
-        Rows of the kind `without` are omitted.
+        They are drawn at random with a fixed seed, except for a stream, which gives its first rows. Rows whose column
+        `kind` is `without` are omitted; None omits none.
         """
         if isinstance(self.data, Dataset):
             yield from self._sample_stored(self.data, most, without)
@@ -76,15 +88,20 @@ class Part:
             yield from islice(self._rows_of_stream(without), most)
 
     def _sample_stored(self, data: Dataset, most: int, without: str | None) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """Yield a random sample of stored rows, as `sample` does."""
         # These are arrays, because a list of millions of row numbers takes seconds.
-        numbers: Any = np.arange(len(data)) if self.numbers is None else np.array(self.numbers, dtype=int)
+        numbers: Any = np.arange(len(data))
+        if self.numbers is not None:
+            numbers = np.array(self.numbers, dtype=int)
         places: Any = np.flatnonzero(self.contains(numbers))
         if without and "kind" in data.column_names:
-            places = places[np.array(data["kind"][:])[places] != without]
+            kinds = np.array(data["kind"][:])
+            places = places[kinds[places] != without]
         chosen = np.array(subsample(places, most), dtype=int)
         yield from zip(map(int, numbers[chosen]), data.select(chosen), strict=True)
 
     def _rows_of_stream(self, without: str | None) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """Yield all rows of a stream that belong to the part, as `sample` does."""
         is_kept = row_filter(self.source, column_names(self.data))
         for number, row in enumerate(self.data):
             if not self.contains(number) or not is_kept(row):
@@ -93,8 +110,16 @@ class Part:
                 yield number, row
 
     def contains(self, numbers: Any) -> Any:
-        """Return which of the rows with these numbers belong to the part; an array for an array."""
+        """Return whether the rows with these numbers belong to the part.
+
+        Args:
+            numbers: The number of a row in the data set, or an array of such numbers.
+
+        Returns:
+            A truth value, or an array of truth values.
+        """
         if not self.share:
+            # All rows belong to it. This is an array if `numbers` is.
             return numbers >= 0
         return is_held_out(numbers, self.share) != self.trained_on
 
@@ -104,31 +129,39 @@ def subsample(rows: Sequence[T], most: int) -> list[T]:
     # Neither the first rows nor every n-th one would be representative: kinds may be sorted, or alternate.
     if len(rows) <= most:
         return list(rows)
-    return [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), most))]
+    places = random.Random(0).sample(range(len(rows)), most)
+    return [rows[place] for place in sorted(places)]
 
 
 class Reader:
     """Opens data sets, each once, and reads the rows that are held out or trained on.
 
     Attributes:
-        sources: What stages are measured on, by key of `evaluate.yaml`.
-        trained_on: What stages are trained on, by the key of the data on which they would be measured.
-        named_by_user: Keys whose data the user names. No stage may train on them, so all their rows may be measured.
-        flags: Those of them that an option of the command names.
+        run: Directory of the run.
+        sources: The data sets that stages are measured on, by key of `evaluate.yaml`.
+        trained_on: The data sets that stages are trained on, by the key of `evaluate.yaml` under which their held-out
+            rows would be measured, or by the name of the stage (as in `RunFacts.trained_on`).
+        keys_of_options: Keys whose data an option of the command names, such as `--problems FILE`.
+        named_by_user: These keys, and the keys whose data `evaluate.yaml` names. If no stage trains on such data, all
+            their rows are measured.
+        environment: Name of the environment in which models answer problems, None if there is none.
     """
 
-    def __init__(self, settings: Settings, flags: Collection[str]) -> None:
+    def __init__(self, settings: Settings, keys_of_options: Collection[str]) -> None:
         self.run = settings.run
-        self.flags = flags
+        self.keys_of_options = keys_of_options
         sources = {key: settings.requested.source(key) for key in HELD_OUT}
         self.sources = {key: documents_of(Source(**source)) for key, source in sources.items() if source}
         trained_on = settings.facts.trained_on
         self.trained_on = {key: documents_of(Source(**source)) for key, source in trained_on.items()}
-        # Of several data sets, a stage is measured on the first.
-        measured = {
-            key: replace(source, dataset_name=source.dataset_names[0]) for key, source in self.trained_on.items()
-        }
-        self.named_by_user = {key for key in self.sources if key in flags or self.sources[key] != measured.get(key)}
+        self.named_by_user: set[str] = set()
+        for key, source in self.sources.items():
+            default = self.trained_on.get(key)
+            if default is not None:
+                # Of several data sets, a stage is measured on the first.
+                default = replace(default, dataset_name=default.dataset_names[0])
+            if key in keys_of_options or source != default:
+                self.named_by_user.add(key)
         tools = settings.facts.called.get("problems") or {}
         self.environment = tools.get("environment")
         self._opened: dict[tuple[str | None, ...], DatasetDict | IterableDatasetDict] = {}
@@ -149,19 +182,22 @@ class Reader:
     def find(
         self, key: str, split: str | None = None, trained_on: bool = False, source: Source | None = None
     ) -> Part | None:
-        """Return rows of a data set, or None if there is none.
+        """Return the rows of a data set that are held out, or the rows that are trained on; None if there are none.
 
         Args:
             key: Key of `evaluate.yaml`.
-            split: Name of the split. Default: the held-out rows, wherever they are.
-            trained_on: Whether the rows are those that a stage trains on.
-            source: The data set. Default: the first one of the key.
+            split: Name of a split of which all rows are returned. None: the held-out rows are found wherever they
+                are, or the training rows if `trained_on` is set.
+            trained_on: Whether to return the rows that a stage trains on.
+            source: The data set. None: the first one of the key.
 
         Raises:
             UserError: If a split that the user names does not exist, or the data set cannot be opened.
         """
-        if source is None:
-            source = (self.trained_on if trained_on else self.sources).get(key)
+        if source is None and trained_on:
+            source = self.trained_on.get(key)
+        elif source is None:
+            source = self.sources.get(key)
         if source is None:
             return None
         train = source.dataset_train_split
@@ -181,9 +217,9 @@ class Reader:
         else:
             names = test_names
             if key in self.named_by_user and len(splits) == 1 and not test:
-                # A plain file of the user has one split, whatever its name.
-                # Who names data for this one evaluation may want to know how well they have been learned.
-                if key not in self.flags and self._is_trained_on(source):
+                # A plain file of the user has one split, whatever its name. Its rows may be measured although a stage
+                # trains on all of them, if an option names the file: to see how well they have been learned.
+                if key not in self.keys_of_options and self._is_trained_on(source):
                     remedy = "is trained on, and holds out no rows (validation_share); give other data"
                     raise UserError(Problem(f"{key}: dataset_name", name, remedy))
                 names = list(splits)
@@ -196,7 +232,7 @@ class Reader:
         return None
 
     def _divide(self, rows: Any, source: Source, trained_on: bool) -> Part:
-        """Return one side of the only split of a data set, as training divides it."""
+        """Return one side of the only split of a data set, as training divides it: held out, or trained on."""
         place = f"{source.dataset_names[0]}, split {source.dataset_train_split}"
         if isinstance(rows, Dataset):
             rows, numbers = keep_rows(rows, source)
@@ -216,7 +252,8 @@ class Reader:
     def _open(self, source: Source, split_names: Sequence[str]) -> Mapping[str, Split | Path]:
         """Return the splits of a data set by name, or {} if a step of the run has not made it yet.
 
-        `datasets` would copy a folder with a Parquet file per split: the files of `split_names` are returned instead.
+        The steps of a run write a Parquet file for each split. `datasets` would copy these into its cache, so the files
+        of `split_names` are returned instead.
         """
         name = source.dataset_names[0]
         path = Path(name)
@@ -234,12 +271,15 @@ class Reader:
         return self._opened[opened]
 
     def read(self, key: str, part: Part | None, most: int, without: str | None = None) -> list[Example]:
-        """Return at most `most` rows, with the columns that metrics expect added; arguments as for `Part.sample`.
+        """Return at most `most` rows of a part, to which the columns that metrics expect are added.
 
-        In a data set from the Hub, where training skips a few malformed rows, they are skipped here too.
+        A few malformed rows are skipped where training skips them too: in a data set from the Hub.
 
         Args:
-            part: The rows; None for none.
+            key: Key of `evaluate.yaml`, which says what the rows have to contain.
+            part: The rows. None: there are none, and the result is [].
+            most: Maximum number of rows, as for `Part.sample`.
+            without: Kind of rows that are omitted, as for `Part.sample`.
 
         Raises:
             UserError: If a column is missing, or a row is malformed.
@@ -258,10 +298,10 @@ class Reader:
             except ShapeError as error:
                 faults[number] = error
                 continue
-            # If a row has some of these columns, the missing ones require nothing.
-            nothing: dict[str, Any] = {"require": [], "reject": [], "max_words": 0, "test": ""}
-            if example.keys() & nothing.keys():
-                example |= {column: example.get(column) or default for column, default in nothing.items()}
+            # A row with a part of a rule gets the other parts, which require nothing.
+            empty_rule: dict[str, Any] = {"require": [], "reject": [], "max_words": 0, "test": ""}
+            if example.keys() & empty_rule.keys():
+                example |= {column: example.get(column) or default for column, default in empty_rule.items()}
             examples.append({**example, "kind": str(row.get("kind") or ""), "id": number})
         if faults:
             number, first = next(iter(faults.items()))
@@ -274,7 +314,7 @@ class Reader:
         return examples
 
     def _plan(self, key: str, part: Part) -> ColumnPlan:
-        """Decide which columns of a part are what. Raise a `UserError` if one that metrics need does not exist."""
+        """Decide which column of a part contains what. Raise a `UserError` if a column that metrics need is missing."""
         columns = column_names(part.data)
         rows = part.data
         with problems_of(key):

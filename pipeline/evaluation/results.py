@@ -16,10 +16,10 @@ Outcomes = dict[str, tuple[float, float, str]]
 """Id of an example, followed by the hash of its content -> (value, weight, kind)."""
 
 WRITTEN = (
-    *("answers", "traces", "texts", "opponent", "against", "judge", "left_out", "cut_off", "experts"),
-    *("overlap", "settings"),
-)
-"""Fields that STAGE.json contains unchanged."""
+    "answers", "traces", "texts", "opponent", "against", "judge", "left_out", "cut_off", "experts", "overlap",
+    "settings",
+)  # fmt: skip
+"""Fields of a `StageResult` that STAGE.json contains unchanged."""
 
 
 @dataclass
@@ -122,7 +122,8 @@ class StageResult:
 
         Args:
             name: Name of the metric, or `<baseline>/<metric>` for a metric of a baseline.
-            measured: What `compute` of a metric returned, or the value of each example.
+            measured: The value of each example, or what the function of a metric returned: the estimate as
+                `Estimate.to_json` returns it, and the `values`.
             rows: The examples, with `id` and `kind`.
             how: Estimates the metric from values, a seed and `units`: for each kind and, unless `measured` contains the
                 estimate, for all examples.
@@ -137,16 +138,17 @@ class StageResult:
         values = measured["values"]
         kinds: dict[str, Estimate] = {}
         if by_kind:
-            kinds = _estimate_kinds(values, rows, how, units)
+            kinds = _estimate_by_kind(values, [row["kind"] for row in rows], how, self.seed, units)
         self.metrics[name] = replace(Estimate.from_json(measured), by_kind=kinds)
-        # Examples are paired by their number and their content, in case the data change between two evaluations.
+        # Two evaluations are compared example by example. If the data change between them, a row with the same number
+        # may have other content.
         for row, value, extra in zip(rows, values, extras or [{}] * len(rows), strict=True):
             content = json.dumps(row, sort_keys=True, default=str).encode()
             example = {"metric": name, "id": row["id"], "row": hashlib.sha256(content).hexdigest()[:16]}
             self.examples.append({**example, "kind": row["kind"], "value": float(value), **extra})
 
     def outcomes(self, metric: str) -> Outcomes:
-        """Return the outcome of each example of a metric. A value per byte, for instance, is weighted by its bytes."""
+        """Return the outcome of each example of a metric. The weight of bits per byte is the number of bytes."""
         outcomes = {}
         for example in self.examples:
             if example["metric"] == metric:
@@ -160,30 +162,30 @@ class StageResult:
         return list(self.state.get("log_history", []))
 
     def take_baselines(self) -> dict[str, StageResult]:
-        """Move the metrics named `<baseline>/<metric>`, with their examples and texts, to results of their own.
+        """Move the metrics named `<baseline>/<metric>`, with their examples, to results of their own.
 
         Return the results by the name of the baseline: `elicited` has the metric `pass@1` of "elicited/pass@1".
         """
-        # What is not a baseline's stays here.
-        results: dict[str, StageResult] = {"": self}
-        metrics = self.metrics
-        examples = self.examples
-        self.metrics = {}
-        self.examples = []
-        for name, estimate in metrics.items():
-            baseline, _, metric = name.rpartition("/")
-            if baseline not in results:
-                results[baseline] = StageResult(baseline, texts={baseline: self.texts.get(baseline, {})})
-            results[baseline].metrics[metric] = estimate
-        for example in examples:
-            baseline, _, metric = example["metric"].rpartition("/")
-            if baseline in results:
-                results[baseline].examples.append({**example, "metric": metric})
-        del results[""]
-        return results
+        baselines: dict[str, StageResult] = {}
+        for name in list(self.metrics):
+            baseline, slash, metric = name.rpartition("/")
+            if not slash:
+                continue
+            if baseline not in baselines:
+                baselines[baseline] = StageResult(baseline, texts={baseline: self.texts.get(baseline, {})})
+            baselines[baseline].metrics[metric] = self.metrics.pop(name)
+        remaining = []
+        for example in self.examples:
+            baseline, slash, metric = example["metric"].rpartition("/")
+            if not slash:
+                remaining.append(example)
+            elif baseline in baselines:
+                baselines[baseline].examples.append({**example, "metric": metric})
+        self.examples = remaining
+        return baselines
 
     def remarks(self) -> list[str]:
-        """Return remarks on truncated answers, on held-out rows in the training data, and on what was not measured."""
+        """Return remarks on answers that were cut off, on copies of held-out rows, and on what was not measured."""
         lines = []
         for key, counts in self.cut_off.items():
             if counts.get("cut off"):
@@ -197,28 +199,40 @@ class StageResult:
         return lines + self.left_out
 
 
-def _estimate_kinds(
+def _estimate_by_kind(
     values: Sequence[float],
-    rows: Sequence[Mapping[str, Any]],
+    kinds: Sequence[str],
     how: Callable[..., Estimate],
+    seed: int,
     units: Sequence[Hashable] | None,
 ) -> dict[str, Estimate]:
-    """Return the estimate of each kind of rows; {} if all are of one kind. Arguments as for `StageResult.record`."""
-    kinds = sorted({row["kind"] for row in rows})
-    if len(kinds) < 2:
+    """Return the estimate for each kind of example, or {} if all examples are of one kind.
+
+    Args:
+        values: The value of each example.
+        kinds: The kind of each example.
+        how: Estimates a metric from values, a seed and units.
+        seed: Seed of the intervals.
+        units: The unit of each example, None if each is its own unit.
+    """
+    names = sorted(set(kinds))
+    if len(names) < 2:
         return {}
     estimates = {}
-    for kind in kinds:
-        members = [index for index, row in enumerate(rows) if row["kind"] == kind]
-        units_of_members = None
-        if units:
-            units_of_members = [units[index] for index in members]
-        estimates[kind] = how([values[index] for index in members], units=units_of_members)
+    for name in names:
+        places = [place for place, kind in enumerate(kinds) if kind == name]
+        units_of_kind = None
+        if units is not None:
+            units_of_kind = [units[place] for place in places]
+        estimates[name] = how([values[place] for place in places], seed, units_of_kind)
     return estimates
 
 
 def copies_in(overlap: Mapping[str, Any]) -> str:
-    """Return where in the training data copies are, and how many: ": pairs 32, text 1"; "" if there are none."""
+    """Return which training data contain copies of held-out rows, as ": pairs 32, text 1", or "" if none do.
+
+    `overlap` is an entry of `StageResult.overlap`.
+    """
     counts = ", ".join(f"{name} {count}" for name, count in overlap.get("in", {}).items())
     if not counts:
         return ""
@@ -236,5 +250,6 @@ def format_table(result: StageResult) -> str:
 
 
 def _format_line(label: str, estimate: Estimate) -> str:
+    """Return a line of the table. Ends of the interval and numbers of examples that are not known are left blank."""
     ends = ["       " if end is None else f"{end:>7.3f}" for end in (estimate.low, estimate.high)]
     return f"{label:<30} {estimate.value:>8.3f}  {' '.join(ends)} {estimate.n or '':>10}"

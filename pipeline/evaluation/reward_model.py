@@ -158,7 +158,10 @@ def measure_people(result: StageResult, rate: Rate, run: Path) -> None:
 
 
 def _record_accuracy(result: StageResult, name: str, scores: np.ndarray, pairs: Rows) -> dict[str, Any]:
-    """Record how often the first answer of a pair scores higher; return what `reward_accuracy` does."""
+    """Record under `name` how often the first answer of a pair scores higher. Return what `reward_accuracy` returns.
+
+    `scores` has shape (pairs, 2).
+    """
     units = [json.dumps(row["prompt"]) for row in pairs]
     better, worse = scores.T.tolist()
     measured = reward_accuracy(better, worse, units, result.seed)

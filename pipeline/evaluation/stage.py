@@ -1,7 +1,8 @@
 """Evaluate one stage: measure everything that its kind of model and the available data allow.
 
 A reward model is measured on pairs, and on the votes of people. A language model is measured by the functions of `TEXT`
-and, if it can chat, by those of `ANSWERS`, one after the other:
+and, if it can chat, of `ANSWERS`, one after the other. The opponent, with which later stages are compared, also gets
+baselines:
 
     data            measured                                            with the opponent, its baselines
     text            bits per byte, tasks of lm-eval
@@ -42,7 +43,7 @@ from pipeline.preferences.judges import Judge, load_judge, score
 from pipeline.preferences.people import load_votes
 from pipeline.progress import Tally
 from pipeline.rewards.grading import is_gradable
-from pipeline.stages import HELD_OUT, STAGES
+from pipeline.stages import HELD_OUT, STAGES, kind_in_name, stage_order
 from pipeline.tools.chat_model import ChatModel
 from pipeline.tools.loading import load_toolbox
 
@@ -55,13 +56,16 @@ WITHOUT = {
     "problems": "pass@k: not measured, because no problems are held out (`problems`)",
     "prompts": "win rate: not measured, because no prompts are held out (`prompts`)",
 }
-"""Key of evaluate.yaml -> remark if it names no data."""
+"""Key of evaluate.yaml -> remark for the report if there are no data of this key."""
 UNTRAINED_EXAMPLES = 48
 """Examples of each kind that a model with random weights answers."""
 
 
 def check_stages(settings: Settings, stages: Mapping[str, str]) -> None:
-    """Refuse a run that cannot be written to, and stages that are not models. `stages` maps options to stages."""
+    """Raise a `UserError` if a run cannot be written to, or if stages are not directories of models.
+
+    `stages` are the stages that options of the command name, by option.
+    """
     run = settings.run
     refuse(check_directory(run / "evaluations", "RUN"))
     for option, stage in stages.items():
@@ -77,8 +81,13 @@ def check_stages(settings: Settings, stages: Mapping[str, str]) -> None:
 def evaluate_stage(settings: Settings, stage: str, held_out: HeldOut, folder: Path) -> StageResult:
     """Measure a stage of the run, as a reward model if it is a sequence classifier.
 
-    With the same arguments on the same machine, only the seconds differ between two results. The answers of the
-    opponent are read from `folder`, to which evaluations are written.
+    With the same arguments on the same machine, only the seconds differ between two results.
+
+    Args:
+        settings: How the run is measured.
+        stage: Name of the stage's directory.
+        held_out: The rows that it is measured on.
+        folder: Folder of the evaluations, from which the answers of the opponent are read.
 
     Raises:
         UserError: If a model is broken, or does not fit its tokenizer.
@@ -90,8 +99,8 @@ def evaluate_stage(settings: Settings, stage: str, held_out: HeldOut, folder: Pa
     result = StageResult(stage, seed=settings.requested.seed, left_out=list(held_out.remarks))
     path = settings.model_of(stage)
     with user_error_for("--stage", path):
-        rewards = is_reward_model(load_config(str(path)))
-    if rewards:
+        is_classifier = is_reward_model(load_config(str(path)))
+    if is_classifier:
         _measure_reward_model(result, settings, held_out, path)
     else:
         try:
@@ -130,8 +139,9 @@ class Measurement:
     """A language model that is being measured, and what the functions of `TEXT` and `ANSWERS` share.
 
     Attributes:
-        result: What they record.
-        settings, held_out: How they measure, and on which data.
+        result: Where they record what they measure.
+        settings: How they measure.
+        held_out: The rows that they measure on.
         chats: Key of evaluate.yaml -> the model as it answers such data. Only the limits, templates and tools differ.
         judge: Who decides win rates, None if nobody can judge answers to any of the prompts.
         judged: The prompts that the judge can judge.
@@ -156,12 +166,12 @@ class Measurement:
         return self.result.name == self.result.against
 
     def uncounted(self, key: str) -> ChatModel:
-        """Return the model as it answers data of a key, with answers that do not count as cut off."""
+        """Return the model as it answers data of a key, for answers that are not counted by `count_cut_off`."""
         return replace(self.chats[key], counts=Counter())
 
 
 def _measure_language_model(result: StageResult, settings: Settings, held_out: HeldOut, folder: Path) -> None:
-    kind = STAGES.get(result.name.partition("_")[2])
+    kind = STAGES.get(kind_in_name(result.name))
     if kind is not None and kind.measured and not kind.trained:
         # With random weights, all answers run into the limit, and none is right.
         held_out = replace(
@@ -188,7 +198,7 @@ def _measure_language_model(result: StageResult, settings: Settings, held_out: H
 
 
 def _find_match(measurement: Measurement, folder: Path) -> None:
-    """Set who judges the answers to which prompts, and the opponent."""
+    """Set the judge of the win rates, the prompts that it can judge, and the opponent."""
     judge = _find_judge(measurement.result, measurement.settings, measurement.held_out)
     if judge is None:
         return
@@ -292,7 +302,10 @@ def measure_prompts(measurement: Measurement) -> None:
 
 
 def count_cut_off(measurement: Measurement) -> None:
-    """Record how many answers were cut off. Those of baselines and to fixed prompts, which follow, do not count."""
+    """Record how many answers were cut off at the length limit.
+
+    Answers of baselines and answers to fixed prompts, which follow, are not counted.
+    """
     for key, chat in measurement.chats.items():
         if chat.counts["answers"]:
             measurement.result.cut_off[key] = {**chat.counts, "limit": chat.max_new_tokens}
@@ -314,7 +327,7 @@ def measure_baselines_of_prompts(measurement: Measurement) -> None:
         baselines.measure_constant(result, chat, measurement.held_out, measurement.matches, measurement.judge)
     opponent = measurement.opponent
     # Stages are numbered in the order of training. Those before the opponent did not start from it.
-    if opponent is not None and result.name > result.against:
+    if opponent is not None and stage_order(result.name) > stage_order(result.against):
         if not isinstance(opponent, ChatModel):
             requested = replace(measurement.settings.requested, vllm=False)
             without_vllm = replace(measurement.settings, requested=requested)
@@ -352,7 +365,7 @@ ANSWERS = (
 
 
 def _find_judge(result: StageResult, settings: Settings, held_out: HeldOut) -> Judge | None:
-    """Return the judge of the win rates, or None and record why there is none yet."""
+    """Return the judge of the win rates; if there is none, record why, and return None."""
     name = settings.requested.judge
     if not held_out.prompts:
         return None
@@ -401,9 +414,10 @@ def _find_opponent(measurement: Measurement, folder: Path) -> Opponent | None:
 
 
 def _saved_answers(path: Path, fingerprint: str) -> dict[str, win_rate.Answers] | None:
-    """Return the answers that the opponent gave in its own evaluation, by metric: all stages are compared with them.
+    """Return the answers that the opponent gave in its own evaluation, by metric.
 
-    None if the file is missing or damaged, or the answers depend on something that has changed since.
+    Return None if the file is missing or damaged, or if the `fingerprint` of what the answers depend on differs from
+    the one in the file.
     """
     notes: list[str] = []
     saved = StageResult.read(path, notes)
@@ -421,9 +435,15 @@ def _saved_answers(path: Path, fingerprint: str) -> dict[str, win_rate.Answers] 
 
 
 def _load_chats(settings: Settings, stage: str, option: Literal["--stage", "--against"]) -> dict[str, ChatModel]:
-    """Load the model of a stage, and return a `ChatModel` for each kind of data: limits, and perhaps templates, differ.
+    """Load the model of a stage, and return a `ChatModel` for each key of data: limits, templates and tools may differ.
 
-    The opponent only answers, in the precision that is fast here. A stage without a chat template is measured on text.
+    A measured stage is loaded in float32, for likelihoods, and need not have a chat template. The opponent only answers
+    prompts, so it is loaded in the precision that is fast on this machine.
+
+    Args:
+        settings: How the run is measured.
+        stage: Name of the stage's directory.
+        option: "--stage" for the stage that is measured, "--against" for the opponent; also named in errors.
     """
     path = str(settings.model_of(stage))
     tokenizer_path = None
@@ -432,7 +452,9 @@ def _load_chats(settings: Settings, stage: str, option: Literal["--stage", "--ag
     is_opponent = option == "--against"
     can_chat = is_opponent or bool(load_tokenizer(tokenizer_path or path, option).chat_template)
     model, tokenizer = load_model(path, option, dtype=torch.float32, chat=can_chat, tokenizer=tokenizer_path)
-    dtype = hardware.fast_dtype() if is_opponent else torch.float32
+    dtype = torch.float32
+    if is_opponent:
+        dtype = hardware.fast_dtype()
     model = model.to(hardware.accelerator() or "cpu", dtype).eval()
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     vllm = None

@@ -24,11 +24,11 @@ from pipeline.preferences.judges import Judge
 from pipeline.tools.chat_model import ChatModel
 
 Answers = Sequence[Sequence[str]]
-"""One or several answers to each prompt."""
+"""For each prompt, one or several answers."""
 Matches = dict[str, tuple[Answers, Answers]]
-"""`win_rate` (sampled) and `win_rate_greedy` -> the answers by a model and by its opponent."""
+"""`win_rate` (sampled answers) and `win_rate_greedy` -> the answers of a model, and the answers of its opponent."""
 SAMPLES = 4
-"""Number of answers sampled to each prompt, in half a second. Four halve the standard error of one."""
+"""Number of answers that are sampled to each prompt. Compared with one answer, four halve the standard error."""
 FILES = ("*config.json", "*token*.json", "tokenizer.model", "vocab.*", "merges.txt", "*.jinja", "*.safetensors")
 """Files of a model that its answers depend on, unlike training records in the same folder."""
 
@@ -62,10 +62,15 @@ class LastSentenceShare(Metric):
 def answer_both(
     chat: ChatModel, opponent: ChatModel | Mapping[str, Answers], rows: Rows, seed: int = 0, samples: int = SAMPLES
 ) -> Matches:
-    """Let both models answer the prompts, `samples` times at temperature 1 and once greedily.
+    """Let two models answer prompts, `samples` times at temperature 1 and once greedily.
 
-    The answers of the opponent may be given, by metric. Otherwise, it samples with a different seed, so that a model
-    does not always tie with itself.
+    Args:
+        chat: The model that is measured.
+        opponent: Its opponent, or answers that the opponent has given earlier, by metric. The opponent samples with
+            another seed, so that a model does not always tie with itself.
+        rows: The prompts.
+        seed: Seed of the evaluation.
+        samples: Number of answers that each model samples to a prompt.
     """
 
     def answer(model: ChatModel, **options: Any) -> Answers:
@@ -80,7 +85,9 @@ def answer_both(
         their_greedy = opponent["win_rate_greedy"]
     else:
         theirs = answer(opponent, seed=2 * seed + 1, **sampling)
-        their_greedy = our_greedy if opponent is chat else answer(opponent)
+        their_greedy = our_greedy
+        if opponent is not chat:
+            their_greedy = answer(opponent)
     return {"win_rate": (ours, theirs), "win_rate_greedy": (our_greedy, their_greedy)}
 
 
@@ -93,10 +100,10 @@ def measure_matches(result: StageResult, matches: Matches, rows: Rows, judge: Ju
 
 
 def measure_distance(result: StageResult, chat: ChatModel, reference: ChatModel, rows: Rows) -> None:
-    """Record `kl` and `entropy`, in nats per answer, of one sampled answer to each prompt.
+    """Record `kl` and `entropy`, in nats per answer, estimated from one sampled answer to each prompt.
 
-    They are the means of log p(answer) - log p_reference(answer) and of -log p(answer). Nothing is recorded if the
-    tokenizer of the reference has different tokens.
+    `kl` is the mean of log p(answer) - log p_reference(answer), and `entropy` the mean of -log p(answer). Nothing is
+    recorded if the two tokenizers have different tokens.
     """
     if chat.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
         return
@@ -120,40 +127,48 @@ def measure_distance(result: StageResult, chat: ChatModel, reference: ChatModel,
 
 
 def record_wins(result: StageResult, name: str, ours: Answers, theirs: Answers, rows: Rows, judge: Judge) -> None:
-    """Record under `name` how often `ours` win against `theirs`, in the matches that the judge has an opinion on.
+    """Record under `name` how often the answers `ours` win against the answers `theirs`.
 
-    The outcome of a prompt is the mean of its matches: each answer against the opponent's with the same number.
+    The n-th answer of a model to a prompt is matched with the n-th answer of its opponent, and the outcome of a prompt
+    is the mean over its matches. Matches that the judge has no opinion on are left out, and so are prompts without any
+    other match.
     """
-    # For each match, the number of its prompt.
-    numbers: list[int] = []
-    for number, answers in enumerate(ours):
-        numbers += [number] * len(answers)
-    outcomes = judge.match(list(chain(*ours)), list(chain(*theirs)), [rows[number] for number in numbers])
-    of_prompt: dict[int, list[float]] = defaultdict(list)
-    for number, outcome in zip(numbers, outcomes, strict=True):
+    # The place of the prompt of each match.
+    places: list[int] = []
+    for place, answers in enumerate(ours):
+        places += [place] * len(answers)
+    outcomes = judge.match(list(chain(*ours)), list(chain(*theirs)), [rows[place] for place in places])
+    outcomes_of_prompt: dict[int, list[float]] = defaultdict(list)
+    for place, outcome in zip(places, outcomes, strict=True):
         # People may not have voted on a match yet.
         if outcome is not None:
-            of_prompt[number].append(outcome)
+            outcomes_of_prompt[place].append(outcome)
     missing = sum(outcome is None for outcome in outcomes)
     if missing:
         result.left_out.append(f"{name}: {missing} of {len(outcomes)} matches have not been judged")
-    if not of_prompt:
+    if not outcomes_of_prompt:
         return
     extras = []
-    for number in of_prompt:
-        extra: dict[str, Any] = {"answer": ours[number][0], "opponent": theirs[number][0]}
+    for place in outcomes_of_prompt:
+        extra: dict[str, Any] = {"answer": ours[place][0], "opponent": theirs[place][0]}
         # All answers of the opponent are kept for later evaluations.
-        if len(ours[number]) > 1:
-            extra |= {"answers": ours[number], "opponents": theirs[number]}
+        if len(ours[place]) > 1:
+            extra |= {"answers": ours[place], "opponents": theirs[place]}
         extras.append(extra)
-    wins = win_rate(list(map(fmean, of_prompt.values())), result.seed)
-    result.record(name, wins, [rows[number] for number in of_prompt], extras=extras)
+    wins = win_rate(list(map(fmean, outcomes_of_prompt.values())), result.seed)
+    result.record(name, wins, [rows[place] for place in outcomes_of_prompt], extras=extras)
 
 
 def fingerprint(model: Path, rows: Rows, **settings: object) -> str:
     """Return a hash of everything that determines a model's answers to `rows` on one machine.
 
-    "" for an adapter, whose base model may change elsewhere, and for a model that is not on this disk.
+    It is "", which stands for unknown, for an adapter, whose base model may change elsewhere, and for a model that is
+    not on this disk.
+
+    Args:
+        model: Folder of the model.
+        rows: The prompts.
+        **settings: Settings with which it answers.
     """
     if (model / "adapter_config.json").exists() or not model.is_dir():
         return ""

@@ -1,4 +1,10 @@
-"""Locks, files that are written whole or not at all, and checks of what may be replaced."""
+"""Locks, files that are written whole or not at all, and checks of what may be replaced.
+
+check_directory, check_replaceable, ...   what is wrong with a path that the user names, before anything is written
+append_line, write_text, write_folder     writing that a killed process cannot leave half done
+lock, is_locked                           one process at a time writes to a folder
+read_json, read_run, read_shapes          reading of files that may be damaged, or come from a stranger
+"""
 
 import errno
 import hashlib
@@ -10,7 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -19,6 +25,7 @@ import psutil
 from safetensors import safe_open
 
 from pipeline.errors import Problem, UserError, as_typed
+from pipeline.stages import stage_order
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +33,8 @@ STATE = "trainer_state.json"
 """File of a checkpoint with the trainer's state."""
 MANIFEST = "manifest.json"
 """File of a checkpoint that lists all others, which makes it complete."""
+BASE = "base"
+"""Folder next to an adapter with its base model, if that was merged from another adapter."""
 LOCK_SECONDS = 120.0
 """Seconds to wait for an earlier run, which may still be saving, to release a lock."""
 
@@ -33,13 +42,15 @@ LOCK_SECONDS = 120.0
 def check_replaceable(
     output_dir: str | Path, written: Iterable[str], title: str = "", read: str | Path | None = None
 ) -> Problem | None:
-    """Check that a step that replaces its whole output directory would delete only its own files.
+    """Return what is wrong with the output directory of a step that replaces the whole directory.
+
+    Replacing it must delete nothing but what the step wrote there earlier.
 
     Args:
         output_dir: The directory; it need not exist.
         written: Names of the files and folders that the step writes.
         title: Text that identifies the step's README.md, "" if it writes none.
-        read: A directory that the step reads, which may not contain the output.
+        read: A directory that the step reads, which may not contain the output; None if there is none.
     """
     path = Path(output_dir)
     problem = check_directory(path)
@@ -59,23 +70,30 @@ def check_replaceable(
 
 
 def _is_written_by(folder: Path, written: Iterable[str], title: str) -> bool:
-    """Return whether a folder has only files that a step writes, and its card, if any, has the step's title."""
+    """Return whether a folder is empty, or has only files that a step writes and the step's own card.
+
+    Arguments are as for `check_replaceable`. A step without a title writes no card.
+    """
     names = {inner.name for inner in folder.iterdir()}
     if not names:
         return True
     if not names <= set(written):
         return False
+    if not title:
+        return True
     card = folder / "README.md"
-    return not title or (card.is_file() and title in card.read_text(encoding="utf-8", errors="replace"))
+    return card.is_file() and title in card.read_text(encoding="utf-8", errors="replace")
 
 
 def check_directory(path: str | Path, field: str = "output_dir", writable: bool = True) -> Problem | None:
-    """Report a path that is not a directory, or cannot be created or written to.
+    """Return what is wrong with a path that is to be a directory, or None.
+
+    It must be a directory, or one that can be created, and files can be written to it.
 
     Args:
         path: The directory; it need not exist.
         field: The field that names it, for the problem.
-        writable: Whether writing is tried, because not every file system honours its permissions.
+        writable: Whether to try writing to it. Permissions alone do not tell, as not every file system honours them.
     """
     path = Path(path)
     try:
@@ -103,7 +121,10 @@ def check_directory(path: str | Path, field: str = "output_dir", writable: bool 
 
 
 def check_new_directory(path: Path, field: str) -> Problem | None:
-    """Report a directory that cannot be created or written to, or is not empty; arguments as for `check_directory`."""
+    """Return what is wrong with a path that is to be a new or an empty directory, or None.
+
+    Arguments are as for `check_directory`.
+    """
     problem = check_directory(path, field)
     if problem is not None:
         return problem
@@ -118,7 +139,7 @@ def nearest_existing(path: Path) -> Path:
 
 
 def is_missing_path(name: str) -> bool:
-    """Return whether a name is a path to something that does not exist (`runs/…`), rather than an id on the Hub."""
+    """Return whether a name is a path to something that does not exist (`runs/x`), rather than an id on the Hub."""
     # A revision may contain slashes.
     repo, _ = split_revision(name)
     is_path = name.startswith((".", "/", "~", "runs/")) or repo.count("/") > 1
@@ -126,16 +147,23 @@ def is_missing_path(name: str) -> bool:
 
 
 def describe_folder(path: str | Path) -> str:
-    """Return what to name instead of a folder that is a recipe or a run, as a phrase; "" for any other path."""
+    """Return what to name instead, if a path that should be a model or a data set is a run or a recipe.
+
+    Example:
+        runs/pocket      -> "is a run; name one of its stages, such as runs/pocket/4_grpo"
+        recipes/pocket   -> "is a recipe; its run is runs/pocket (`fourstage run recipes/pocket`)"
+        any other path   -> ""
+    """
     # Unlike Path.is_dir(), this does not raise for a name that is too long.
     if not os.path.isdir(path):
         return ""
     path = Path(path)
     if (path / "run.json").is_file():
-        stages = sorted(inner for inner in path.glob("[0-9]*_*") if holds_model(inner))
+        stages = [inner for inner in path.glob("[0-9]*_*") if holds_model(inner)]
         if not stages:
             return "is a run without a model yet"
-        return f"is a run; name one of its stages, such as {stages[-1]}"
+        last = max(stages, key=lambda stage: stage_order(stage.name))
+        return f"is a run; name one of its stages, such as {last}"
     files = sorted(path.glob("[0-9]*_*.y*ml"))
     if not files:
         return ""
@@ -147,7 +175,10 @@ def describe_folder(path: str | Path) -> str:
 
 
 def relocate(value: Any, home: str | Path, to: str | Path) -> Any:
-    """Return a setting with all paths inside `home`, also in lists and mappings, moved to `to`."""
+    """Return a setting in which all paths inside the folder `home` are replaced by paths inside the folder `to`.
+
+    Paths in lists and mappings are replaced as well; any other value is returned as it is.
+    """
     if isinstance(value, Mapping):
         return {key: relocate(item, home, to) for key, item in value.items()}
     if isinstance(value, list):
@@ -166,7 +197,10 @@ def split_revision(name: str) -> tuple[str, str | None]:
 
 
 def append_line(file: FileIO, line: bytes) -> None:
-    """Append a line (without newline) to an unbuffered file, and flush it; undo that after an `OSError`."""
+    """Append a line to an unbuffered file, and flush it to the disk.
+
+    `line` has no newline, which is added. If an `OSError` is raised, the file is as it was.
+    """
     end = os.fstat(file.fileno()).st_size
     try:
         # A disk that fills up may write only the beginning of the line, without an error.
@@ -179,51 +213,56 @@ def append_line(file: FileIO, line: bytes) -> None:
 
 
 def open_log(path: Path) -> FileIO:
-    """Open a file of JSON lines for `append_line`, and remove a last line that was not written whole.
+    """Open a file of JSON lines for `append_line`, and repair its last line.
 
-    Half a line is left if the process or the machine dies while it writes. The caller has to keep other processes from
-    writing.
+    Half a line is left if the process or the machine dies while it writes: that is removed. A line that only lacks its
+    newline gets it. The caller has to keep other processes from writing.
     """
-    with ExitStack() as stack:
-        file = stack.enter_context(path.open("a+b", buffering=0))
+    file = path.open("a+b", buffering=0)
+    try:
         content = path.read_bytes()
-        whole = whole_lines(content)
-        file.truncate(min(len(whole), len(content)))
-        # A last line that only lacks its newline gets it.
-        file.write(whole[len(content) :])
+        repaired = whole_lines(content)
+        if len(repaired) < len(content):
+            file.truncate(len(repaired))
+        else:
+            file.write(repaired[len(content) :])
         os.fsync(file.fileno())
-        # Without an error, the file stays open.
-        stack.pop_all()
+    except BaseException:
+        file.close()
+        raise
     return file
 
 
 def whole_lines(content: bytes) -> bytes:
     """Return the complete lines of a file of JSON lines, each with its newline.
 
-    The last line is incomplete if it is not valid JSON.
+    A last line without a newline is complete if it is valid JSON.
     """
-    end = content.rfind(b"\n") + 1
+    end_of_lines = content.rfind(b"\n") + 1
+    last_line = content[end_of_lines:]
     try:
-        json.loads(content[end:])
+        json.loads(last_line)
     except ValueError:
-        return content[:end]
+        # This includes an empty last line.
+        return content[:end_of_lines]
     return content + b"\n"
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file atomically, and create its folder; lone surrogates become question marks.
+    """Write a text to a UTF-8 file, which then has either its old or its new content, even if this process is killed.
 
-    A device or a pipe is written to: /dev/null must not be replaced by a file.
+    The folder is created if there is none. Lone surrogates become question marks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_file():
+        # A device or a pipe is written to: /dev/null must not be replaced by a file.
         path.write_text(text, encoding="utf-8", errors="replace", newline="\n")
         return
-    # Without `fsync`, some file systems rename the file before its content is on the disk.
     tmp_file = path.with_name(f".{path.name}.tmp")
     # In a folder from a stranger, it may be a link to any file.
     tmp_file.unlink(missing_ok=True)
     tmp_file.write_text(text, encoding="utf-8", errors="replace", newline="\n")
+    # Otherwise, some file systems rename the file before its content is on the disk.
     fsync(tmp_file)
     os.replace(tmp_file, path)
 
@@ -242,7 +281,7 @@ def write_folder(path: Path) -> Iterator[Path]:
 
 
 def replace_folder(path: Path, new: Path) -> None:
-    """Rename the folder `new`, on the same file system, to `path`, and delete an earlier folder of that name."""
+    """Rename the folder `new` to `path`, on the same file system, and delete an earlier folder of that name."""
     # A folder cannot be replaced in one step. Between the two renames it is missing, but it is never partial.
     trash_dir = new.with_name(f".{path.name}.trash")
     shutil.rmtree(trash_dir, ignore_errors=True)
@@ -279,10 +318,12 @@ def is_locked(path: Path) -> bool:
 def lock(path: Path, orphans_only: bool = False) -> Iterator[tuple[int, ...]]:
     """Hold a lock file, and so reserve its folder, until the block or this process ends in any way.
 
+    If another process holds the lock, wait for it, up to `LOCK_SECONDS`.
+
     Args:
         path: The lock file, which contains the id of the process that holds it.
-        orphans_only: Whether to wait only for children of a process that took the lock and died. By default, wait for
-            any other process. Both up to `LOCK_SECONDS`.
+        orphans_only: Whether to wait only if that process has died and its children still hold the lock. If it is
+            alive, the error is raised at once.
 
     Yields:
         File descriptors. A child process that inherits them holds the lock as well.
@@ -311,10 +352,14 @@ def lock(path: Path, orphans_only: bool = False) -> Iterator[tuple[int, ...]]:
 
 
 def _wait_for_lock(file: FileIO, path: Path, orphans_only: bool) -> None:
-    """Lock an open file as `lock` does. A file system without locks is reported, and nothing is locked."""
+    """Lock an open file, with arguments and errors as for `lock`.
+
+    On a file system without locks, log a warning and lock nothing.
+    """
     import fcntl
 
     deadline = time.monotonic() + LOCK_SECONDS
+    # Process id in the last message, to print one message for each process.
     reported_holder = 0
     while True:
         # The lock ends with the last process that has the descriptor. That may be a child that continues to write
@@ -354,7 +399,10 @@ def hash_file(path: Path) -> str:
 
 
 def read_json(path: Path, notes: list[str] | None = None) -> dict[str, Any]:
-    """Return the JSON object in a file, or {} if there is none or it is damaged, which is added to `notes`."""
+    """Return the JSON object in a file, or {} if the file is missing or damaged.
+
+    If `notes` is given, a line that says what is wrong with a damaged file is appended to it.
+    """
     content, fault = _read_object(path)
     if fault and notes is not None:
         notes.append(f"{path}: {fault}; skipped")
@@ -362,9 +410,16 @@ def read_json(path: Path, notes: list[str] | None = None) -> dict[str, Any]:
 
 
 def read_run(run: Path, field: str = "RUN") -> dict[str, Any]:
-    """Return the record of a run, its run.json; {} if there is none. `RunRecord` says what is in it.
+    """Return the record of a run, its run.json; {} if there is none.
 
-    A `UserError` that names `field` is raised if it is damaged, or something else: the folder may be a stranger's.
+    `pipeline.runner.records.RunRecord` says what is in it.
+
+    Args:
+        run: Directory of the run.
+        field: Field or argument that names the directory, for the error.
+
+    Raises:
+        UserError: If the file is damaged, or is no such record: the folder may be a stranger's.
     """
     path = run / "run.json"
     content, fault = _read_object(path)
@@ -377,7 +432,7 @@ def read_run(run: Path, field: str = "RUN") -> dict[str, Any]:
 
 
 def _is_step(entry: Any) -> bool:
-    """Return whether a JSON value can be the entry of a step in run.json, with values that can be computed with."""
+    """Return whether a JSON value has the types of a step's entry in run.json, so that reading it raises no error."""
     if not isinstance(entry, dict):
         return False
     for key in ("values", "inputs", "data", "files"):
@@ -392,7 +447,7 @@ def _is_step(entry: Any) -> bool:
 
 
 def _read_object(path: Path) -> tuple[dict[str, Any], str]:
-    """Return the JSON object in a file, {} without one, and what is wrong with a file that exists, or ""."""
+    """Return the JSON object in a file and "", or {} and what is wrong with the file; a missing file is not wrong."""
     try:
         if not path.exists():
             return {}, ""
@@ -406,13 +461,19 @@ def _read_object(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def read_shapes(file: Path) -> dict[str, list[int]]:
-    """Return the shape of each weight in a safetensors file, from its header; raise `SafetensorError` or `OSError`."""
+    """Return the shape of each weight in a safetensors file, from its header.
+
+    Raises:
+        OSError: If it cannot be read, or has a longer header than any model needs.
+        SafetensorError: If it is not a safetensors file.
+    """
     check_regular(file)
+    # The first eight bytes are the length of the header.
     with file.open("rb") as start:
-        header = int.from_bytes(start.read(8), "little")
+        header_bytes = int.from_bytes(start.read(8), "little")
     # 4 MiB suffice for 30,000 weights. Each one takes time whenever the file is read.
-    if header > 4 << 20:
-        raise OSError(f"its header has {header:,} bytes, which is more than any model file needs")
+    if header_bytes > 4 << 20:
+        raise OSError(f"its header has {header_bytes:,} bytes, which is more than any model file needs")
     with safe_open(file, framework="np") as weights:
         return {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
 

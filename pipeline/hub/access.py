@@ -13,10 +13,10 @@ from pipeline.hub.upload import PUSH_ERRORS, explain, retry
 
 
 def full_id(repo_id: str | None, output_dir: str | Path) -> str:
-    """Return the id, with its namespace, of the repository that an output directory is pushed to.
+    """Return the full id, `NAME/repo`, of the repository that an output directory is pushed to.
 
     Args:
-        repo_id: `NAME/repo`; or `repo`, which is the user's own. None is the name of the directory.
+        repo_id: `NAME/repo`, or `repo` for a repository of the user. None stands for the name of the directory.
         output_dir: The directory.
 
     Raises:
@@ -33,11 +33,11 @@ def check_access(ids: Iterable[str], field: str, repo_type: str = "model", token
     """Check that the token may write to repositories, or create them. Nothing is written.
 
     Args:
-        ids: The repositories, `NAME/repo`, or `repo` for one of the user's own. If there are none, only the token
+        ids: The repositories: `NAME/repo`, or `repo` for a repository of the user. If there are none, only the token
             itself is checked.
         field: Argument that asks for the push, for the message.
         repo_type: "model", "dataset" or "space".
-        token: The token. None is that of `hf auth login` or HF_TOKEN.
+        token: The token. None stands for the one from `hf auth login` or HF_TOKEN.
 
     Returns:
         At most one problem: the first repository that the token may not write to, or why the Hub did not answer.
@@ -48,22 +48,27 @@ def check_access(ids: Iterable[str], field: str, repo_type: str = "model", token
         user = retry(lambda: whoami(token, cache=True))
         for name in ids:
             repo_id = name if "/" in name else f"{user['name']}/{name}"
-            if fault := _find_fault(api, user, repo_id, repo_type):
-                return [Problem(field, repo_id, fault)]
+            obstacle = _find_obstacle(api, user, repo_id, repo_type)
+            if obstacle is not None:
+                return [Problem(field, repo_id, obstacle)]
     except PUSH_ERRORS as error:
         names = ", ".join(ids)
         return [Problem(field, names, explain(error, names or api.endpoint))]
     return []
 
 
-def _find_fault(api: HfApi, user: Mapping[str, Any], repo_id: str, repo_type: str) -> str | None:
-    """Return why the token of `user` (what `whoami` returns) may not push to a repository, or None."""
+def _find_obstacle(api: HfApi, user: Mapping[str, Any], repo_id: str, repo_type: str) -> str | None:
+    """Return why the user's token may not push to a repository, with a remedy; None if it may.
+
+    `user` is what `whoami` returns for the token.
+    """
     try:
         retry(partial(api.auth_check, repo_id, repo_type=repo_type, write=True))
         return None
     except HfHubHTTPError as error:
         status = error.response.status_code
-        # 404: the repository does not exist yet, and whether the token may create it is decided below.
+        # 403: the token may not write, and the reason is found below. 404: the repository does not exist yet, and what
+        # the token may create is found below.
         if status not in (403, 404):
             raise
     namespace, _, name = repo_id.partition("/")

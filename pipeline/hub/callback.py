@@ -1,6 +1,7 @@
 """What a run pushes to the Hub: checkpoints while it trains, and the model once it is complete on the disk.
 
-transformers creates the repository first, pushes pickles and lock files, and loses the run if the last push fails.
+This replaces the pushes of transformers, which create the repository before training begins, include pickles and lock
+files, and end the run with an error before its model is saved completely if the last push fails.
 """
 
 import hashlib
@@ -32,15 +33,15 @@ STAGED = ".pushed"
 
 
 class PushCallback(TrainerCallback):
-    """Pushes checkpoints and the model instead of transformers, and sets `push_to_hub` to false.
+    """Pushes checkpoints and the model, and sets `push_to_hub` to false, so that transformers does not.
 
     Each checkpoint is pushed in the background, unless `hub_strategy` is "end", or an earlier push is still running and
     `hub_always_push` is false. A push of a checkpoint writes
 
     - its model to the top of the repository,
-    - all of it to `last-checkpoint/`, or to `checkpoint-N/` under "all_checkpoints". Under "every_save",
-      `last-checkpoint/` is removed at the end,
-    - the best checkpoint so far to `checkpoint-N/`, if the run loads it at the end.
+    - the whole checkpoint to `last-checkpoint/` or, if `hub_strategy` is "all_checkpoints", to `checkpoint-N/`. If it
+      is "every_save", `last-checkpoint/` is removed at the end of training,
+    - the best checkpoint so far to `checkpoint-N/`, if `load_best_model_at_end` is set.
 
     Training continues if a push fails. tests/hub/test_training.py resumes a run from what was pushed.
     """
@@ -54,7 +55,7 @@ class PushCallback(TrainerCallback):
         self._running: Future[None] | None = None
         self._skipped: Path | None = None
         if not self._is_requested or args.hub_strategy == HubStrategy.END:
-            # Then no checkpoint is pushed.
+            # No checkpoint is pushed: the base class's method does nothing.
             self.on_save = super().on_save  # type: ignore[method-assign]
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -73,7 +74,7 @@ class PushCallback(TrainerCallback):
             self._skipped = checkpoint
         else:
             self._skipped = None
-            self._begin(checkpoint)
+            self._start_push(checkpoint)
 
     def finish(self, is_complete: bool) -> None:
         """Push the last checkpoint if it was skipped, and wait for the push that is running.
@@ -84,7 +85,7 @@ class PushCallback(TrainerCallback):
         """
         is_useless = is_complete and self._args.hub_strategy == HubStrategy.EVERY_SAVE
         if self._skipped is not None and not is_useless:
-            self._begin(self._skipped)
+            self._start_push(self._skipped)
         if self._running is not None:
             self._running.result()
 
@@ -123,9 +124,12 @@ class PushCallback(TrainerCallback):
             command.append("--private")
         return shlex.join(command)
 
-    def _begin(self, checkpoint: Path) -> None:
-        """Link the files of a checkpoint, which the run may delete meanwhile, and push them in the background."""
-        # Hard links cost no space, and keep the files of the checkpoint until the push ends:
+    def _start_push(self, checkpoint: Path) -> None:
+        """Push a checkpoint in the background, and the best one if the run loads that at the end.
+
+        The run may delete both before the push ends, so hard links to their files are pushed.
+        """
+        # Hard links take no space, and keep the files of the checkpoint until the push ends:
         #
         #     runs/x/2_sft/checkpoint-40/model.safetensors                          deleted by the trainer at step 60
         #     runs/x/2_sft/.pushed-checkpoint-40/checkpoint-40/model.safetensors    deleted here once it is pushed
@@ -143,15 +147,16 @@ class PushCallback(TrainerCallback):
             self._warn(checkpoint.name, error)
 
     def _warn(self, checkpoint: str, error: Exception) -> None:
+        """Log why a checkpoint was not pushed."""
         name = self._args.hub_model_id or "the Hub"
-        logger.warning("%s was not pushed to %s: %s. Training goes on.", checkpoint, name, explain(error, name))
+        logger.warning("%s was not pushed to %s: %s. Training continues.", checkpoint, name, explain(error, name))
 
     def _push_checkpoint(self, staged: Path, newest: str) -> None:
         """Push the checkpoint `newest` and any other checkpoint in the folder `staged`, then delete that folder."""
         keeps_all = self._args.hub_strategy == HubStrategy.ALL_CHECKPOINTS
         stale = [f"{newest}/" if keeps_all else f"{LAST}/"]
         if self._args.load_best_model_at_end and not keeps_all:
-            # Checkpoints that were the best ones earlier.
+            # Checkpoints that were the best until now.
             stale.append(f"{PREFIX_CHECKPOINT_DIR}-")
         try:
             files = publishable(staged / newest)
@@ -168,9 +173,9 @@ class PushCallback(TrainerCallback):
             shutil.rmtree(staged, ignore_errors=True)
 
     def _send(self, repo_id: str, files: Files, message: str, stale: list[str]) -> None:
-        """Push files to a repository.
+        """Push files to a repository, and delete old files from it.
 
-        Weights, and paths that begin with one of `stale`, are deleted from it if they are not in `files`.
+        Weights, and paths that begin with one of the prefixes `stale`, are deleted if they are not in `files`.
         """
 
         def replaces(path: str) -> bool:

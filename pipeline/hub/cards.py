@@ -26,19 +26,19 @@ CRITIC = "value_model"
 
 @dataclass
 class Trained:
-    """What the card of a model is made from. The card omits what is missing.
+    """A trained model, as far as its card describes it. The card omits what is missing.
 
     Attributes:
-        folder: Its folder.
+        folder: Folder of the model.
         kind: Kind of its stage, a key of `STAGES`.
-        name: Its Hub id, or its folder.
-        settings: What the YAML file and the command line set.
-        step: Its entry in run.json.
+        name: Hub id of the model or, if it is not pushed, its folder.
+        settings: The settings of the stage in its YAML file and on the command line.
+        step: Entry of the stage in run.json.
         metrics: Content of the run's metrics.json.
-        evaluation: Content of the stage's evaluation.
+        evaluation: Content of evaluations/STAGE.json.
         measured_on: Settings of that evaluation.
-        ids: Hub ids of folders that the settings name, as they name them.
-        report: Address of the run's report.
+        ids: Folder, as the settings name it -> Hub id.
+        report: Address of the run's report, "" if it has none.
         license: Licence of the model.
         language: Languages of its data.
     """
@@ -58,25 +58,25 @@ class Trained:
 
     @property
     def about(self) -> StageKind:
-        """What is known about its kind."""
+        """The entry in `STAGES` for its kind, or an entry with only a name for an unknown kind."""
         return STAGES.get(self.kind, StageKind(name=self.kind))
 
     @property
     def task(self) -> str:
-        """Its task, as the Hub calls it."""
+        """Its task in the Hub's terms, a `pipeline_tag`."""
         return "text-generation" if self.about.generates else "text-classification"
 
     def on_hub(self, name: Any) -> str | None:
-        """Return the Hub id for a setting's value: the id of a folder that is pushed, or the value if it is an id.
+        """Return the Hub id of what a setting names: a folder that is pushed, or a model or data set of the Hub.
 
-        None stands for a folder that is not pushed, and for a setting that is not set.
+        None means that the setting is not set, or names a folder that is not on the Hub.
         """
         if not isinstance(name, str) or not name:
             return None
         name, _ = split_revision(name)
         if name in self.ids:
             return self.ids[name]
-        # The run's other directories need not exist on this machine.
+        # A folder of the run is no Hub id, even if it does not exist on this machine.
         home = Path(str(self.settings.get("output_dir") or ".")).parent
         is_output = home != Path() and Path(name).is_relative_to(home)
         if is_output or Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -84,7 +84,7 @@ class Trained:
         return name
 
     def all_on_hub(self, field: str) -> list[str]:
-        """Return the Hub ids among the values of a setting."""
+        """Return the Hub ids of what a setting names, which may be a string, a list or None."""
         ids = [self.on_hub(name) for name in as_list(self.settings.get(field))]
         return [repo_id for repo_id in ids if repo_id]
 
@@ -162,13 +162,14 @@ def model_card(trained: Trained) -> str:
 
 
 def _to_yaml(settings: Values) -> str:
+    """Return settings as YAML, "" if there are none."""
     if not settings:
         return ""
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
 def _entries(trained: Trained) -> dict[str, Values]:
-    """Return the metrics of the stage that have a value, by name, those of lm-eval included."""
+    """Return the metrics of the stage that have a value, by name, including the metrics of lm-eval."""
     stage = trained.folder.name
     entries = {
         **trained.metrics.get("stages", {}).get(stage, {}),
@@ -178,11 +179,11 @@ def _entries(trained: Trained) -> dict[str, Values]:
 
 
 def _metadata(trained: Trained, entries: Mapping[str, Values], is_adapter: bool) -> ModelCardData:
-    """Return what the Hub reads of a card, for its search and its pages."""
+    """Return the metadata at the top of a card, which the Hub reads for its search and its pages."""
     results = [_result(trained, metric, entry) for metric, entry in entries.items()]
     model_name = None
     if results:
-        # The Hub asks for the name with the results.
+        # `ModelCardData` requires a name if there are results.
         model_name = trained.name.rsplit("/", 1)[-1]
     return ModelCardData(
         base_model=trained.on_hub(trained.settings.get("model_name_or_path")),
@@ -198,9 +199,10 @@ def _metadata(trained: Trained, entries: Mapping[str, Values], is_adapter: bool)
 
 
 def _columns(trained: Trained, entries: Mapping[str, Values]) -> dict[str, Values]:
-    """Return the columns of the table of results, by their titles.
+    """Return the columns of the table of results: title -> entry of each metric.
 
-    They are the stage, the stage that it started from, and the baselines; without those that share no metric with it.
+    They are the stage, the stage that it started from, and the baselines. Columns without any metric of the stage are
+    omitted.
     """
     stage = trained.folder.name
     stages = trained.metrics.get("stages", {})
@@ -214,7 +216,7 @@ def _columns(trained: Trained, entries: Mapping[str, Values]) -> dict[str, Value
 
 
 def _class_of_fourstage(config: Values) -> str:
-    """Return the class of a model that transformers does not have, and `pipeline.models` registers; otherwise empty."""
+    """Return the class of a model if it is one of `pipeline.models`, not of transformers; otherwise ""."""
     for name in config.get("architectures") or ():
         if name not in transformers.__all__:
             return str(name)
@@ -222,6 +224,7 @@ def _class_of_fourstage(config: Values) -> str:
 
 
 def _count_parameters(folder: Path) -> int:
+    """Return the number of parameters in the safetensors files of a folder."""
     total = 0
     for file in folder.glob("*.safetensors"):
         total += sum(math.prod(shape) for shape in read_shapes(file).values())
@@ -229,7 +232,7 @@ def _count_parameters(folder: Path) -> int:
 
 
 def _stage_title(stage: str, kind: str) -> str:
-    """Return how a card begins: "Stage 2, instruction tuning." for `2_sft`, or "Instruction tuning." without number."""
+    """Return the first words of a card: "Stage 2, instruction tuning." for `2_sft`, "Instruction tuning." for `sft`."""
     number = re.match(r"\d+", stage)
     if number:
         return f"Stage {number.group()}, {kind.lower()}."
@@ -237,7 +240,10 @@ def _stage_title(stage: str, kind: str) -> str:
 
 
 def _result(trained: Trained, metric: str, entry: Values) -> EvalResult:
-    """Return a metric for the Hub. It has no field for intervals, so they are among the arguments."""
+    """Return a metric as the Hub's metadata describe it.
+
+    `EvalResult` has no field for an interval, so it is among the metric's arguments, with the number of examples.
+    """
     # Reports of earlier releases do not say on which data a metric was measured.
     about = trained.metrics.get("metrics", {}).get(metric, {})
     source = trained.measured_on.get(about.get("data")) or {}
@@ -265,7 +271,12 @@ def _result(trained: Trained, metric: str, entry: Values) -> EvalResult:
 
 
 def base_card(name: str, trained: Trained) -> str:
-    """Return the README.md of the base model `name` of an adapter: an earlier adapter, merged into its own base."""
+    """Return the README.md of an adapter's base model that is not on the Hub, because it was merged from an adapter.
+
+    Args:
+        name: Hub id of the base model.
+        trained: The adapter.
+    """
     start = trained.on_hub(trained.settings.get("model_name_or_path"))
     tags = ["fourstage", *trained.about.card.tags]
     data = ModelCardData(base_model=start, license=trained.license, library_name="transformers", tags=tags)
@@ -273,7 +284,11 @@ def base_card(name: str, trained: Trained) -> str:
 
 
 def load_card(folder: Path) -> DatasetCard:
-    """Return the card of a folder of data, empty if it has none. Raise a `UserError` if it cannot be read."""
+    """Return the card of a folder of data, or an empty card if it has none.
+
+    Raises:
+        UserError: If the card cannot be read.
+    """
     path = folder / "README.md"
     if not path.exists():
         return DatasetCard("---\n{}\n---\n")
@@ -289,9 +304,9 @@ def dataset_card(folder: Path, name: str, ids: Mapping[str, str], license: Any =
 
     Args:
         folder: The folder.
-        name: Its repository.
+        name: Hub id of the data set.
         ids: Repositories of the run's outputs, by directory. The text names them instead of the directories.
-        license: The licence. None is the one in the folder's card.
+        license: The licence. None keeps the licence in the folder's card.
     """
     card = load_card(folder)
     card.data.license = license or card.data.license

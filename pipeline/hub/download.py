@@ -19,9 +19,9 @@ from pipeline.hub.upload import PUSH_ERRORS, explain, retry
 from pipeline.models.loading import user_error_for
 
 # Fields that may name models or tokenizers of the Hub.
-MODELS = ("model_name_or_path", "tokenizer_name_or_path", "reward_model_path", "value_model_path", "judge")
+MODEL_FIELDS = ("model_name_or_path", "tokenizer_name_or_path", "reward_model_path", "value_model_path", "judge")
 # Files that models are loaded from; pickles are not downloaded.
-FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 # Folder of a repository that holds the newest checkpoint, as transformers names it.
 LAST = "last-checkpoint"
 
@@ -31,7 +31,7 @@ def download(steps: Iterable[Mapping[str, Any]], home: Path) -> int:
 
     Args:
         steps: Settings of each step.
-        home: Directory of the run. What lies in it is made by the run, and is not on the Hub.
+        home: Directory of the run, whose contents the run makes itself.
 
     Returns:
         0, the exit code.
@@ -39,25 +39,14 @@ def download(steps: Iterable[Mapping[str, Any]], home: Path) -> int:
     Raises:
         UserError: If something does not exist, cannot be fetched, or does not fit on the disk.
     """
-    # Model -> the field that names it and its revision. Data set and configuration -> whether it is only streamed.
-    models: dict[str, tuple[str, str | None]] = {}
-    datasets: dict[tuple[str, str | None], bool] = {}
-    for values in steps:
-        for field in MODELS:
-            for name in _hub_ids(values.get(field), home):
-                models.setdefault(name, (field, values.get("model_revision")))
-        # The settings of an evaluation name data in mappings.
-        for source in (values, *(value for value in values.values() if isinstance(value, Mapping))):
-            for name in _hub_ids(source.get("dataset_name"), home):
-                key = (name, source.get("dataset_config"))
-                datasets[key] = datasets.get(key, True) and bool(source.get("dataset_streaming"))
-    for name, (field, revision) in models.items():
+    steps = list(steps)
+    for name, (field, revision) in _named_models(steps, home).items():
         with user_error_for(field, name):
             repo_id, named_revision = split_revision(name)
-            snapshot_download(repo_id, revision=named_revision or revision, allow_patterns=FILES)
+            snapshot_download(repo_id, revision=named_revision or revision, allow_patterns=MODEL_FILES)
         print(f"fetched the model {name}")
-    for (name, config), is_streamed in datasets.items():
-        # Opening it reports a wrong name or configuration, and fetches it unless it is streamed.
+    for (name, config), is_streamed in _named_datasets(steps, home).items():
+        # Opening a data set reports a wrong name or configuration, and fetches it unless it is streamed.
         open_source(name, config, streaming=is_streamed)
         if is_streamed:
             _fetch_stream(name, config)
@@ -65,6 +54,29 @@ def download(steps: Iterable[Mapping[str, Any]], home: Path) -> int:
         else:
             print(f"fetched the data set {name}")
     return 0
+
+
+def _named_models(steps: Iterable[Mapping[str, Any]], home: Path) -> dict[str, tuple[str, str | None]]:
+    """Return the models of the Hub that steps name: Hub id -> the first field that names it, and its revision."""
+    models: dict[str, tuple[str, str | None]] = {}
+    for values in steps:
+        for field in MODEL_FIELDS:
+            for name in _hub_ids(values.get(field), home):
+                models.setdefault(name, (field, values.get("model_revision")))
+    return models
+
+
+def _named_datasets(steps: Iterable[Mapping[str, Any]], home: Path) -> dict[tuple[str, str | None], bool]:
+    """Return the data sets of the Hub that steps name: (Hub id, configuration) -> whether all steps stream it."""
+    datasets: dict[tuple[str, str | None], bool] = {}
+    for values in steps:
+        # The settings of an evaluation name data in mappings: {"problems": {"dataset_name": "openai/gsm8k"}}.
+        sources = [values, *(value for value in values.values() if isinstance(value, Mapping))]
+        for source in sources:
+            for name in _hub_ids(source.get("dataset_name"), home):
+                key = (name, source.get("dataset_config"))
+                datasets[key] = datasets.get(key, True) and bool(source.get("dataset_streaming"))
+    return datasets
 
 
 def _hub_ids(names: object, home: Path) -> list[str]:
@@ -110,7 +122,7 @@ def fetch_checkpoints(name: str, field: str) -> list[Path]:
         field: Argument that named it, for messages.
 
     Returns:
-        The folder of the checkpoint, followed by that of the best checkpoint so far if the repository has it, too.
+        The folder of the checkpoint and, if the repository has another one that was the best so far, its folder.
 
     Raises:
         UserError: If the repository or a checkpoint in it does not exist, or cannot be downloaded.
@@ -129,7 +141,7 @@ def fetch_checkpoints(name: str, field: str) -> list[Path]:
             remedy = "is neither a folder nor a repository with a checkpoint; push one with hub_strategy checkpoint"
             raise UserError(Problem(field, name, remedy))
         checkpoint = fetch(newest)
-        # Resuming validates the state, so it may be damaged here.
+        # A damaged state is not reported here: `read_json` returns {}, and resuming validates the checkpoint.
         best = Path(str(read_json(checkpoint / STATE).get("best_model_checkpoint") or "")).name
         if best in paths and best != newest:
             return [checkpoint, fetch(best)]

@@ -132,7 +132,10 @@ def with_hub_ids(settings: Any, find_id: Callable[[str], str | None]) -> Any:
 
 
 def local_paths(folder: Path) -> set[str]:
-    """Return the absolute paths of a folder, and those that the settings in and around it name, with any characters."""
+    """Return the absolute paths of a folder, and the paths that the settings and records in and around it name.
+
+    Such a path may contain any characters, so it cannot be recognised in a text otherwise.
+    """
     paths = {str(folder.absolute()), str(folder.resolve())}
     for directory in (folder, *folder.absolute().parents[:3]):
         for name in ("run.json", *SETTINGS):
@@ -158,7 +161,7 @@ def _absolute_paths(value: Any) -> set[str]:
             # An option (`--config=/x/y`, `-o/x/y`) or a URL may begin with the path.
             path = re.sub(r"^(--?[\w-]+=|-[A-Za-z]|file://)(?=/)", "", word)
             path = re.sub("/+", "/", path)
-            # At least two parts, in one line.
+            # A path has at least two parts, and is on one line.
             if re.fullmatch(r"/[^/\n][^\n]*/[^\n]+", path):
                 paths.add(path.rstrip("/"))
     return paths
@@ -178,9 +181,9 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def without_paths(text: str, paths: Iterable[str] = ()) -> str:
-    """Replace absolute paths of this machine by the part below the current directory or home, or by a name.
+    """Return a text without the Hub tokens and the absolute paths of this machine.
 
-    Hub tokens are replaced as well.
+    A path is replaced by the part of it below the current directory or `~`, or by its last part.
 
     Args:
         text: The text, which may be Markdown, JSON, HTML or a template.
@@ -189,16 +192,17 @@ def without_paths(text: str, paths: Iterable[str] = ()) -> str:
     text = _without_tokens(text)
     text = re.sub(r"\bfile://[\w.-]*(?=/)", "", text)
     current = Path.cwd()
-    # Not if it is the root of all paths.
+    # The root directory is part of every path, also of paths that are no secrets.
     if len(current.parts) > 1:
         text = _replace(text, {f"{current}/": "", str(current): "."})
     text = _replace(text, _short_names(paths))
     top_directories = "|".join(map(re.escape, os.listdir(os.sep)))
-    path = rf"{BEFORE_PATH}/+(?:{top_directories})(?:/+{INNER})+"
+    path = rf"{BEFORE_PATH}/+(?:{top_directories})(?:/+{PATH_PART})+"
     return re.sub(path, lambda match: match.group().rsplit("/", 1)[-1], text)
 
 
 def _without_tokens(text: str) -> str:
+    """Replace the Hub tokens in a text by "hf_***"."""
     text = TOKEN.sub("hf_***", text)
     # The user's own tokens may look different. Very short ones would also match ordinary words.
     for token in {get_token() or "", *get_stored_tokens().values()}:
@@ -208,15 +212,21 @@ def _without_tokens(text: str) -> str:
 
 
 def _short_names(paths: Iterable[str]) -> dict[str, str]:
-    """Return by what to replace the home directory, `paths`, and the directories around these.
+    """Return what stands for the home directory, for `paths` and for the directories around them: path -> name.
 
-    `/data/team/runs/x` becomes `x`, and `/data/team/other` becomes `other`, because its parent is known as well.
+    For the path `/data/team/runs/x`, this is
+
+        /data/team/runs/x   x
+        /data/team/runs/    ""     so that /data/team/runs/other becomes other
+        /data/team/runs     .
+        /data/team/         ""     so that /data/team/config.yaml becomes config.yaml
+        /data/team          .
     """
     names = {str(home): "~" for home in (Path.home(), Path.home().resolve()) if len(home.parts) > 1}
     for path in map(Path, paths):
         names[str(path)] = path.name
         for parent in path.parents:
-            # Top-level directories are the same on most machines.
+            # Top-level directories, such as /data, are the same on most machines.
             if len(parent.parts) > 2:
                 names[f"{parent}/"] = ""
                 names.setdefault(str(parent), ".")
@@ -241,10 +251,10 @@ def _replace(text: str, names: Mapping[str, str]) -> str:
     return re.sub(f"{BEFORE_PATH}(?:{'|'.join(patterns)})", lambda match: spellings[match.group()], text)
 
 
-# What must not precede a path: part of a URL, of a relative path, or of a closing HTML tag. An escaped line end in JSON
-# and a one-letter option may precede it. Two slashes also begin a path, but after a colon they begin a host.
+# Where a path may begin: not within a URL, a relative path or a closing HTML tag, but after a line end that is escaped
+# in JSON ("\n/home") or an option of one letter ("-o/home"). Two slashes also begin a path, but a host after a colon.
 BEFORE_PATH = r"(?:(?<![\w/.~<-])|(?<=\\[nrt])|(?<=(?<![\w-])-[A-Za-z]))(?!(?<=:)//(?!/))"
-# What must not follow the name of a file or a folder: the rest of a longer name.
+# Where a path may end: not within a longer name ("/data/x" is no part of "/data/x-2" or "/data/x.yaml").
 END_OF_NAME = r"(?![\w-]|\.\w)"
-# Characters in a component of a path that no setting names.
-INNER = r"[^\s\"'`<>|;:,()\[\]{}\\/]+"
+# A part of a path that no setting names, up to a space, a quote or a bracket.
+PATH_PART = r"[^\s\"'`<>|;:,()\[\]{}\\/]+"

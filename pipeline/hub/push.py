@@ -75,10 +75,10 @@ def main(args: argparse.Namespace) -> int:
     if args.dry_run:
         _print_files(run.repositories())
         return 0
-    # Anybody may open a pull request.
+    # A pull request needs no permission to write.
     if not args.create_pr:
         _check_access(run, args)
-    with _stop_if_it_fails(str(args.run), args.namespace or args.repo_id):
+    with _explain_failure(str(args.run), args.namespace or args.repo_id):
         repositories = run.repositories()
     for name, base in run.bases.items():
         if name in run.selected and base.repo_id is None:
@@ -88,22 +88,24 @@ def main(args: argparse.Namespace) -> int:
     for repository in repositories:
         _push(api, repository, args)
     if args.namespace:
-        with _stop_if_it_fails(f"The collection {run.name}", args.namespace):
-            _collect(api, run.name, args, repositories)
+        with _explain_failure(f"The collection {run.name}", args.namespace):
+            _add_to_collection(api, run.name, args, repositories)
     return 0
 
 
 def _warn(run: Outputs, args: argparse.Namespace) -> None:
-    """Say on stderr what others will see that the user may not expect."""
+    """Print on stderr what others will see that the user may not expect: names, a miniature, held-out prompts."""
     from pipeline.hub.repositories import names_of_people
 
     for name in run.selected:
         if people := names_of_people(run.folders[name]):
             print(f"{run.id_of(name)} contains the names that people voted under: {', '.join(people)}", file=sys.stderr)
+    if run.only is None and run.unpublished:
+        print(f"not pushed, as a card says `publish: false`: {', '.join(run.unpublished)}", file=sys.stderr)
     if run.is_smoke:
         print(f"{args.run}: {SMOKE}", file=sys.stderr)
-    if run.has_report and run.only is None and run.own_data and not args.private:
-        rows = f"answers to held-out prompts of {', '.join(run.own_data)}"
+    if run.has_report and run.only is None and run.local_data and not args.private:
+        rows = f"answers to held-out prompts of {', '.join(run.local_data)}"
         print(f"the report shows {rows}, in a Space that everybody can read; --private hides it", file=sys.stderr)
 
 
@@ -142,9 +144,9 @@ def _push(api: HfApi, repository: Repository, args: argparse.Namespace) -> None:
     if repository.type != "model":
         label += f" ({repository.type})"
     options: dict[str, Any] = {"repo_type": repository.type, "private": args.private}
-    # A pull request is made against main.
+    # A pull request is made against main, the default.
     branch = None if args.create_pr else args.revision
-    with _stop_if_it_fails(label, repository.id):
+    with _explain_failure(label, repository.id):
         changed = push(
             api, repository.id, repository.files, MESSAGE, revision=branch, create_pr=args.create_pr, **options
         )
@@ -155,12 +157,13 @@ def _push(api: HfApi, repository: Repository, args: argparse.Namespace) -> None:
 
 
 def _print_result(label: str, branch: str | None, changed: bool) -> None:
+    """Print whether a push changed anything, such as "alice/pocket-2_sft, branch step-40: up to date"."""
     place = f"{label}, branch {branch}" if branch else label
     print(f"{place}: {'pushed' if changed else 'up to date'}", flush=True)
 
 
 def _check(args: argparse.Namespace) -> list[Problem]:
-    """Return what is wrong with the options, without a request to the Hub."""
+    """Return the problems of the options that need no request to the Hub."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     from pipeline.files import is_locked
@@ -192,8 +195,11 @@ def _check(args: argparse.Namespace) -> list[Problem]:
 
 
 @contextmanager
-def _stop_if_it_fails(what: str, repo_id: str) -> Iterator[None]:
-    """Raise a `RunStopped` that says why `what` was not pushed, if a request about `repo_id` fails in this block."""
+def _explain_failure(what: str, repo_id: str) -> Iterator[None]:
+    """Turn an error of a request in this block into a `RunStopped` that says why `what` was not pushed.
+
+    `repo_id` is the repository, user or organization that the requests are about.
+    """
     from pipeline.hub.upload import PUSH_ERRORS, explain
 
     try:
@@ -204,7 +210,7 @@ def _stop_if_it_fails(what: str, repo_id: str) -> Iterator[None]:
         raise RunStopped(message, EXIT_PUSH_FAILED) from error
 
 
-def _collect(api: HfApi, title: str, args: argparse.Namespace, repositories: list[Repository]) -> None:
+def _add_to_collection(api: HfApi, title: str, args: argparse.Namespace, repositories: list[Repository]) -> None:
     """Add the repositories to the collection of the run, which is created if it does not exist."""
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -220,7 +226,8 @@ def _collect(api: HfApi, title: str, args: argparse.Namespace, repositories: lis
     try:
         print(f"collection: {retry(attempt)}")
     except HfHubHTTPError as error:
-        # The token is limited to some repositories, or the namespace belongs to someone else.
+        # A token for some repositories only, or somebody else's namespace, is no error if only some stages are pushed,
+        # or as pull requests.
         if error.response.status_code != 403 or not (args.stage or args.create_pr):
             raise
         print("The token may not write to collections, so the repositories are not tied together.", file=sys.stderr)

@@ -13,19 +13,16 @@ from huggingface_hub import HfApi
 from pyarrow.parquet import read_table
 
 from pipeline.errors import Problem, UserError, as_typed
-from pipeline.files import as_list, holds_model, is_missing_path, read_json, read_run
+from pipeline.files import BASE, as_list, holds_model, is_missing_path, read_json, read_run
 from pipeline.hub.cards import CRITIC, Trained, base_card, dataset_card, load_card, model_card, space_card
 from pipeline.hub.published_files import Files, local_paths, public_settings, publishable, to_bytes, without_paths
 from pipeline.hub.upload import retry
 from pipeline.stages import HELD_OUT, STAGES
 
-# Folder of an adapter with its base model, if that was itself merged from an adapter.
-BASE = "base"
-
 REPORT = "report"
 # Directories of a run that are not outputs of stages.
 NOT_OUTPUTS = (REPORT, "evaluations", "logs")
-# Characters that the Hub allows in the name of a repository.
+# Maximum number of characters that the Hub allows in the name of a repository.
 LONGEST_NAME = 96
 
 
@@ -48,12 +45,13 @@ class Repository:
 
 @dataclass(frozen=True)
 class Base:
-    """The base model of an adapter, which the adapter names by a folder.
+    """The base model of an adapter whose adapter_config.json names a folder, not a Hub id.
 
     Attributes:
-        folder: That folder.
-        repo_id: Its Hub id; None if it is not on the Hub.
-        is_merged: Whether it was itself merged from an adapter. It is then pushed with the new adapter.
+        folder: Folder of the base model.
+        repo_id: Its Hub id, None if it is not on the Hub.
+        is_merged: Whether it was merged from an earlier adapter, and lies in the folder of the new one. It is then
+            pushed with the new adapter.
     """
 
     folder: Path
@@ -69,10 +67,10 @@ class Outputs:
         path: Directory of the run; for a single output directory, the directory around it.
         namespace: User or organization that the run is pushed to.
         repo_id: Repository of a single output directory; empty for a run.
-        only: Names of the directories that are pushed. None is all of them, and the report.
-        license: Licence of models and data. None is the one in the cards of the data.
+        only: Names of the directories that are pushed. None pushes all of them, and the report.
+        license: Licence of models and data. None stands for the licence in the cards of the data.
         checkpoints: Whether checkpoints are pushed, too.
-        api: The client, which looks for earlier pushes. None makes no request.
+        api: Client of the Hub, which looks for earlier pushes. None makes no request.
     """
 
     path: Path
@@ -111,8 +109,8 @@ class Outputs:
         return bool(read_run(self.path).get("smoke"))
 
     @cached_property
-    def own_data(self) -> list[str]:
-        """The user's files and folders that the stages are measured on, whose rows the report shows."""
+    def local_data(self) -> list[str]:
+        """The files and folders outside of the run that the stages are measured on, whose rows the report shows."""
         names: list[str] = []
         for step in self.record.values():
             values = step.get("values", {})
@@ -123,20 +121,35 @@ class Outputs:
             for source in [values[key] for key in HELD_OUT if isinstance(values.get(key), Mapping)]:
                 dataset_names = [str(name) for name in as_list(source.get("dataset_name") or [])]
                 names += [name for name in dataset_names if not Path(name).is_relative_to(home)]
-        # The other names are ids on the Hub.
+        # Any other name is an id on the Hub, whose rows are public already.
         return [name for name in dict.fromkeys(names) if Path(name).exists() or is_missing_path(name)]
 
     @cached_property
     def ids(self) -> dict[str, str]:
-        """Repositories of the output directories that are pushed now, or were pushed before, by directory."""
+        """Name of an output directory -> its repository; only directories that are pushed now or were pushed before."""
         if self.repo_id:
             return dict.fromkeys(self.only or (), self.repo_id)
         return {name: self.id_of(name) for name in self.folders if self._is_selected(name) or self._is_on_hub(name)}
 
     def _is_selected(self, output: str) -> bool:
-        return self.only is None or output in self.only
+        """Return whether an output directory is to be pushed."""
+        if self.only is None:
+            return output not in self.unpublished
+        return output in self.only
+
+    @cached_property
+    def unpublished(self) -> list[str]:
+        """Names of the data sets that may not be pushed: all of a run, if one of their cards has `publish: false`.
+
+        The data that stages write, such as pairs, contain rows of the data that the run began with.
+        """
+        data = [name for name, folder in self.folders.items() if is_data(folder)]
+        if any(load_card(self.folders[name]).data.get("publish") is False for name in data):
+            return data
+        return []
 
     def _is_on_hub(self, output: str) -> bool:
+        """Return whether the repository of an output directory exists; False if no request is made."""
         if self.api is None:
             return False
         kind = "dataset" if is_data(self.folders[output]) else "model"
@@ -156,13 +169,17 @@ class Outputs:
         """Names of the output directories to push.
 
         Raises:
-            UserError: If one that `only` names is not finished, or if there are none.
+            UserError: If one that `only` names is not finished, or may not be published, or if there are none.
         """
+        option = "RUN" if self.repo_id else "--stage"
         missing = [name for name in self.only or () if name not in self.folders]
         if missing:
-            option = "RUN" if self.repo_id else "--stage"
             remedy = f"is not a finished model or data set; choose from: {', '.join(self.folders) or 'nothing yet'}"
             raise UserError(*(Problem(option, name, remedy) for name in missing))
+        unpublished = [name for name in self.only or () if name in self.unpublished]
+        if unpublished:
+            remedy = "contains texts that are not to be published: a card of the run's data says `publish: false`"
+            raise UserError(*(Problem(option, name, remedy) for name in unpublished))
         selected = [name for name in self.folders if self._is_selected(name)]
         if not selected:
             remedy = f"contains neither a finished model nor data; run it first with `{as_typed('run', 'RECIPE')}`"
@@ -171,14 +188,15 @@ class Outputs:
 
     @cached_property
     def bases(self) -> dict[str, Base]:
-        """The base model of each adapter that names a folder as its base model, by the adapter's directory."""
+        """Name of an adapter's directory -> its base model, for adapters that name a folder as their base model."""
         bases: dict[str, Base] = {}
         for name, folder in self.folders.items():
             base = Path(read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "")
             if base.name == BASE and holds_model(folder / BASE):
                 bases[name] = Base(base, f"{self.id_of(name)}-{BASE}", is_merged=True)
             elif base.is_absolute():
-                # It may lie in the cache of the Hub's client, or be a stage of this run, which may have moved.
+                # The base model is a stage of this run, which may have been moved, or lies in the cache of the Hub's
+                # client: ~/.cache/huggingface/hub/models--Qwen--Qwen2.5-0.5B/snapshots/060db6/
                 repo_id = self.ids.get(base.name)
                 if match := re.search(r"/models--([^/]+)--([^/]+)/snapshots/", f"{base}/"):
                     repo_id = f"{match[1]}/{match[2]}"
@@ -207,8 +225,12 @@ class Outputs:
         return not self.repo_id and (self.path / REPORT / "index.html").exists()
 
     @cached_property
-    def _license(self) -> tuple[Any, Any]:
-        """Licence that all cards of the data agree on, unless `license` is set, and the first language in a card."""
+    def _license_and_language(self) -> tuple[Any, Any]:
+        """The licence and the language of the models.
+
+        The licence is `license`, or the one that all cards of the data agree on, if any. The language is the first one
+        in a card of the data. Each is None if there is none.
+        """
         cards = [load_card(path).data for path in self.folders.values() if is_data(path)]
         language = next((card.language for card in cards if card.language), None)
         if self.license:
@@ -219,20 +241,26 @@ class Outputs:
         return None, language
 
     def _dataset(self, output: str) -> Repository:
+        """Return the repository of a data set."""
         folder = self.folders[output]
         repo_id = self.id_of(output)
+        license, _ = self._license_and_language
         # Data are published unchanged: only models and reports contain paths.
         files: Files = {path: folder / path for path in publishable(folder)}
-        files["README.md"] = to_bytes(dataset_card(folder, repo_id, self.ids, self._license[0]))
+        files["README.md"] = to_bytes(dataset_card(folder, repo_id, self.ids, license))
         return Repository(repo_id, "dataset", files)
 
     def _merged_base(self, output: str, repo_id: str) -> Repository:
-        """Return the base model that an adapter comes with. PEFT does not look for it in a subfolder of the adapter."""
+        """Return the repository `repo_id` of the merged base model of an adapter.
+
+        It has a repository of its own, because PEFT does not look for it in a subfolder of the adapter's.
+        """
         files = publishable(self.folders[output] / BASE)
         files["README.md"] = to_bytes(base_card(repo_id, self._trained(output)))
         return Repository(repo_id, "model", files)
 
     def _model(self, output: str) -> Repository:
+        """Return the repository of a model, with a branch for each checkpoint if those are pushed, too."""
         folder = self.folders[output]
         branches: dict[str, Files] = {}
         if self.checkpoints:
@@ -243,10 +271,10 @@ class Outputs:
         return Repository(self.id_of(output), "model", files, branches)
 
     def _model_files(self, output: str, source: Path) -> Files:
-        """Return the files of a model, whose folder is `source`, or of one of its checkpoints, in `source`."""
+        """Return the files in `source`, the folder of the model `output` or of one of its checkpoints, with a card."""
         trained = self._trained(output)
         if source != self.folders[output]:
-            # The metrics belong to the final model.
+            # Metrics and training time belong to the final model, not to a checkpoint.
             step = {**trained.step, "seconds": None}
             trained = replace(trained, folder=source, metrics={}, evaluation={}, step=step)
         ids = {self.folders[name]: repo_id for name, repo_id in self.ids.items()}
@@ -261,11 +289,11 @@ class Outputs:
         return files | {"README.md": to_bytes(card)}
 
     def _space(self) -> Repository:
-        """Return the Space that shows the report, with the record of the run."""
+        """Return the Space that shows the report. Its run.json is a copy of the run's, without secrets and paths."""
         steps = {}
         for name, step in self.record.items():
             steps[name] = step | {"values": public_settings(step.get("values", {}))}
-            # It is a row of the training data, which may not be public.
+            # A row of the training data, which may not be public.
             steps[name].pop("first_row", None)
         record = json.dumps(read_run(self.path) | {"steps": steps}, indent=1)
         datasets = [repo_id for name, repo_id in self.ids.items() if is_data(self.folders[name])]
@@ -277,14 +305,14 @@ class Outputs:
         return Repository(self.id_of(REPORT), "space", files)
 
     def _trained(self, output: str) -> Trained:
-        """Return what the card of a stage is made from."""
+        """Return the model in an output directory, with what its card says about it."""
         step_name, step = self._step_of(output)
         kind = step_name.split("_")[1] if "_" in step_name else step_name
         settings = step.get("values", {})
         measured_on = self.record.get(f"evaluate_{output}", {}).get("values", {})
-        # Settings name directories as the YAML files do, even if the run is elsewhere.
+        # The run's directory as the settings name it. The run may have been moved since.
         home = measured_on.get("home") or Path(str(settings.get("output_dir") or output)).parent
-        license, language = self._license
+        license, language = self._license_and_language
         trained = Trained(
             folder=self.folders[output],
             kind=kind,
@@ -319,7 +347,7 @@ class Outputs:
         return step_name, step
 
     def _ids_in_settings(self, home: str) -> dict[str, str]:
-        """Return the repositories by the names that settings have for them; `home` is the run's directory there.
+        """Return folder, as the settings name it -> repository. `home` is the run's directory in the settings.
 
         A card names repositories instead of folders, so that readers can follow its links and run its YAML anywhere:
 
@@ -342,16 +370,21 @@ def _with_name(card: Path | bytes, name: str) -> str:
 
 
 def _read_newer(path: Path, step: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the object in a file written after a step had finished, or {} if the step has run again since.
+    """Return the JSON object in a file that was written after a step had finished.
 
-    If the step's entry has no times, as without a record of the run, the file counts as newer.
+    Return {} if there is no such file or the step has run again since, so that the file is about an earlier model. If
+    the times of the step are unknown, as without a record of the run, the file counts as newer.
+
+    Args:
+        path: The file.
+        step: The entry of the step in run.json.
     """
     if not path.exists():
         return {}
     finished = step.get("finished_at")
     if finished is None:
         if "started_at" in step:
-            # It has begun again.
+            # The step is running, or was interrupted.
             return {}
         return read_json(path)
     if path.stat().st_mtime < datetime.fromisoformat(str(finished)).timestamp():
@@ -360,7 +393,7 @@ def _read_newer(path: Path, step: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_data(path: Path) -> bool:
-    """Return whether a directory is a data set repository."""
+    """Return whether a directory contains a data set with a card, and no model."""
     return (path / "README.md").exists() and not (path / "config.json").exists() and any(path.rglob("*.parquet"))
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from trl import ModelConfig, RewardConfig, get_peft_config
 from trl.trainer.utils import create_model_from_path
 
 from pipeline import hardware
-from pipeline.models.loading import base_of, load_config, user_error_for
+from pipeline.files import BASE, write_folder
+from pipeline.models.loading import base_of, load_config, load_tokenizer, user_error_for
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +27,9 @@ def starting_model(model_args: ModelConfig, training_args: TrainingArguments) ->
     TRL loads a model by its name with the `model_init_kwargs` of `training_args`, which this function sets. An adapter
     is loaded here, with the same options. Unless `model_args` name a dtype, a model in a dtype that the machine
     emulates is loaded in float32.
+
+    With `load_in_4bit`, TRL has to load the model by a name, so the merged model is saved as `base/` in the output
+    directory, without the error of 4 bits.
 
     Raises:
         UserError: If the adapter or its base model cannot be loaded.
@@ -55,7 +60,18 @@ def starting_model(model_args: ModelConfig, training_args: TrainingArguments) ->
     if isinstance(training_args, RewardConfig):
         model_class = AutoModelForSequenceClassification
     with user_error_for("model_name_or_path", name, checked=True):
-        return merge_into_base(name, model_class, **options)
+        merged = merge_into_base(name, model_class, **options)
+    if not model_args.load_in_4bit:
+        return merged
+    folder = Path(training_args.output_dir).absolute() / BASE
+    if training_args.should_save:
+        # A killed run left this folder complete or not at all, and a resumed run writes the same once more.
+        with write_folder(folder) as unfinished:
+            merged.save_pretrained(unfinished)
+            load_tokenizer(name, "model_name_or_path").save_pretrained(unfinished)
+    training_args.distributed_state.wait_for_everyone()
+    training_args.model_init_kwargs = options | {"revision": None}
+    return str(folder)
 
 
 def merge_into_base(name: str, model_class: Any = None, revision: str | None = None, **options: Any) -> PreTrainedModel:

@@ -34,7 +34,7 @@ from transformers.utils import get_json_schema
 
 from pipeline import hardware, launch
 from pipeline.config.checks import check_ranges
-from pipeline.config.output_directory import recorded_template
+from pipeline.config.output_directory import recorded_template_kwargs
 from pipeline.data import writing
 from pipeline.data.arguments import SPLITS, DataArguments, option
 from pipeline.data.messages import read_answer, refuse_special_tokens
@@ -47,7 +47,7 @@ from pipeline.models.checks import check_model, check_template_arguments
 from pipeline.models.generation import Completion, encode_prompts, generate
 from pipeline.models.loading import load_model, load_tokenizer
 from pipeline.models.tokenizer import special_tokens
-from pipeline.preferences.judges import ANNOTATORS, Judge, load_judge
+from pipeline.preferences.judges import ANNOTATORS, Judge, load_judge, prefer_column
 from pipeline.preferences.labels import Counts, label_answers, take_turns
 from pipeline.progress import report_progress
 from pipeline.rewards.grading import RULE_COLUMNS, validate_rule
@@ -104,7 +104,7 @@ class AnswerArguments:
             if isinstance(arguments, str):
                 self.chat_template_kwargs = dict(json.loads(arguments))
             elif arguments is None:
-                self.chat_template_kwargs = recorded_template(self.model_name_or_path)
+                self.chat_template_kwargs = recorded_template_kwargs(self.model_name_or_path)
             problems += check_template_arguments(self.chat_template_kwargs)
         except (ValueError, TypeError):
             problems.append(Problem("chat_template_kwargs", arguments, "is not a JSON object; correct it"))
@@ -116,6 +116,18 @@ class PreferenceArguments(ToolArguments, AnswerArguments):
     """`AnswerArguments` and tools: with tools, an answer is a whole dialogue."""
 
     max_tool_calling_iterations: int | None = option(None, "How often results are returned (default: while they fit).")
+    preferred_column: str | None = option(
+        None,
+        "Column of answers, by people or a better model, each of which is preferred to the sampled answers to its "
+        "prompt. Nobody judges these pairs.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.preferred_column is None:
+            return
+        remedy = "the answers in preferred_column are preferred without being judged; omit one of the two fields"
+        refuse(*(Problem(name, getattr(self, name), remedy) for name in ("judge", "tools") if getattr(self, name)))
 
 
 def collect(args: PreferenceArguments) -> dict[str, Counts]:
@@ -130,12 +142,14 @@ def collect(args: PreferenceArguments) -> dict[str, Counts]:
     state = PartialState(cpu=hardware.accelerator() is None)
     files = ("README.md", *(f"{split}.parquet" for split in SPLITS))
     refuse(check_replaceable(args.output_dir, files, TITLE, args.dataset_name))
-    judge = load_judge(args.judge)
+    judge = prefer_column(args.preferred_column) if args.preferred_column else load_judge(args.judge)
     splits, counts = label_samples(args, judge)
     if state.is_main_process:
         origin = f"`{args.model_name_or_path}` at temperature {args.temperature} (min_p {args.min_p})"
         origin += f", to prompts of `{args.dataset_name}`"
-        write(Path(args.output_dir), splits, counts, origin, judge.name if args.judge else "simulated annotators")
+        write(
+            Path(args.output_dir), splits, counts, origin, "simulated annotators" if judge is ANNOTATORS else judge.name
+        )
     state.wait_for_everyone()
     state.destroy_process_group()
     return counts
@@ -287,6 +301,9 @@ def _check_prompts(args: AnswerArguments, split: str, rows: Sequence[Mapping[str
         if fault:
             raise UserError(Problem("dataset_name", args.dataset_name, f"in a row of {split}, {fault}; correct it"))
     without_rule = sum(not judge.can_judge(row) for row in rows)
+    if judge.preferred_column is not None and without_rule:
+        remedy = f"{without_rule} of {len(rows)} prompts of {split} lack an answer in this column"
+        raise UserError(Problem("preferred_column", judge.preferred_column, remedy))
     if without_rule:
         remedy = f"{without_rule} of {len(rows)} prompts of {split} lack {NO_RULES}"
         raise UserError(Problem("judge", f"nothing, for {args.dataset_name}", remedy))
@@ -300,6 +317,9 @@ def check_judge(values: Mapping[str, Any]) -> list[Problem]:
     name = values.get("dataset_name")
     judge = values.get("judge")
     problems: list[Problem] = []
+    if values.get("preferred_column"):
+        # Nobody judges. Whether the column exists is known once the data set does.
+        return problems
     # A function can be loaded immediately; a reward model may be trained by the run itself.
     if isinstance(judge, str) and ":" in judge:
         with collect_problems(problems):

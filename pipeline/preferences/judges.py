@@ -22,7 +22,7 @@ from pipeline.models.kernels.token_trees import share_beginnings
 from pipeline.models.loading import is_reward_model, load_config, load_model, user_error_for
 from pipeline.models.tokenizer import escape_tokens, special_tokens
 from pipeline.rewards.grading import is_gradable
-from pipeline.rewards.loading import call_reward, load_function
+from pipeline.rewards.loading import call_reward, load_reward
 
 BATCH_TOKENS = 8192
 """Tokens in a batch of conversations to score, padding included."""
@@ -39,15 +39,20 @@ class Judge:
         match: Judges answers.
         needs_rules: Whether it only judges prompts whose rows have grading rules.
         constants: Number of prompts, with many matches each, on which the text of the baseline `constant` is chosen.
+        preferred_column: Column of answers that are preferred to all others; None if answers are judged.
     """
 
     name: str
     match: Match
     needs_rules: bool = False
     constants: int = 16
+    preferred_column: str | None = None
 
     def can_judge(self, row: Row) -> bool:
         """Return whether it can judge answers to the prompt of this row."""
+        if self.preferred_column is not None:
+            preferred = row.get(self.preferred_column)
+            return isinstance(preferred, str) and bool(preferred.strip())
         return not self.needs_rules or is_gradable(row)
 
 
@@ -76,7 +81,7 @@ def load_judge(name: str | None) -> Judge:
     if name is None:
         return ANNOTATORS
     if ":" in name:
-        return Judge(f"the function {name}", _match_by_function(load_function(name, "judge")))
+        return Judge(f"the function {name}", _match_by_function(load_reward(name, "judge")))
     with user_error_for("judge", name):
         config = load_config(name)
     if not is_reward_model(config):
@@ -84,6 +89,17 @@ def load_judge(name: str | None) -> Judge:
     model, tokenizer = load_model(name, "judge", reward=True, dtype=torch.float32)
     model.to(hardware.accelerator() or "cpu")
     return Judge(f"the reward model {name}", _match_by_score(model, tokenizer))
+
+
+def prefer_column(column: str) -> Judge:
+    """Return a judge who prefers the answer that a column of the prompts has, if it is one of two."""
+
+    def match(answers: Sequence[Any], opponents: Sequence[Any], rows: Sequence[Row]) -> list[float]:
+        ours = [float(answer == row[column].strip()) for answer, row in zip(answers, rows, strict=True)]
+        theirs = [float(opponent == row[column].strip()) for opponent, row in zip(opponents, rows, strict=True)]
+        return compare(ours, theirs)
+
+    return Judge(f"whoever wrote the column `{column}`, whose answer is preferred", match, preferred_column=column)
 
 
 def _match_by_function(function: Callable[..., Any]) -> Match:

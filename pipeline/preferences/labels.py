@@ -84,7 +84,7 @@ def label_answers(
         pairs_per_prompt: Maximum number of pairs of the other answers that are compared.
         seed: Seed of the pairs, annotators, order and noise.
         keep_taste: Whether to keep the noise-free taste. Otherwise, and with a judge, its columns are None.
-        judge: Who compares the answers.
+        judge: Who compares the answers. One with a `preferred_column` compares its answer with each of the others.
         read: Turns an answer into what a judge gets and the rows contain: its text or, if the answer is JSON, the
             messages of a dialogue.
 
@@ -99,9 +99,13 @@ def label_answers(
         components = {}
         if judge is ANNOTATORS:
             components = _components_of(distinct, row, read)
+        pairs = list(itertools.combinations(distinct, 2))
+        if judge.preferred_column is not None:
+            preferred = row[judge.preferred_column].strip()
+            pairs = [(preferred, answer) for answer in distinct if answer != preferred]
         # Each row has its own generator, so that the answers to one prompt do not influence the labels of another.
         rng = random.Random(f"{seed}/{index}")
-        comparisons += _draw_comparisons(index, distinct, components, pairs_per_prompt, rng)
+        comparisons += _draw_comparisons(index, pairs, components, pairs_per_prompt, rng)
     if judge is not ANNOTATORS:
         _let_judge_choose(judge, comparisons, rows, read)
 
@@ -133,14 +137,13 @@ def _components_of(answers: Sequence[str], row: Mapping[str, Any], read: Callabl
 
 
 def _draw_comparisons(
-    index: int, answers: Sequence[str], components: Mapping[str, Any], most: int, rng: random.Random
+    index: int, pairs: Sequence[tuple[str, str]], components: Mapping[str, Any], most: int, rng: random.Random
 ) -> list[Comparison]:
-    """Draw pairs of the answers to a prompt, at most this many, and the annotator who compares each.
+    """Draw some of the pairs of answers to a prompt, at most this many, and the annotator who compares each.
 
     With the `components` of the answers, the annotator chooses; otherwise a judge will, and gets the same pairs.
     """
     annotators = load_annotators()
-    pairs = list(itertools.combinations(answers, 2))
     comparisons = []
     for pair in rng.sample(pairs, min(most, len(pairs))):
         in_order = rng.sample(pair, 2)

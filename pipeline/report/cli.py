@@ -38,8 +38,11 @@ def main(args: argparse.Namespace) -> int:
 
     folders = list(map(Path, args.runs))
     paths = _find_runs(folders, args.seeds)
+    # A folder of seeds gets a report over them, even if it contains only one.
     is_several = paths != folders or len(paths) > 1
+    # Where each report is written: one for each run and, if there are several runs, last the report over all of them.
     directories = [path / "report" for path in paths]
+    # The folder that each report must stay in, even if its directory is a link.
     homes = list(paths)
     if is_several:
         directories.append(folders[0] / "report" if paths[0] != folders[0] else directories[0] / "seeds")
@@ -57,7 +60,7 @@ def main(args: argparse.Namespace) -> int:
         for note in run.notes:
             print(note, file=sys.stderr)
     changes = [differences(run) for run in runs]
-    # If there are several runs, the last directory is that of the report over all of them.
+    # The directory of the report over all runs, if there is one, is left over.
     for run, run_changes, directory in zip(runs, changes, directories, strict=False):
         # The targets of recipes/pocket do not apply to other recipes, unless the user names them.
         summary = summarise(run, run_changes, targets if args.targets or is_pocket(run) else [])
@@ -69,7 +72,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _find_runs(folders: Sequence[Path], seeds: Sequence[str] | None) -> list[Path]:
-    """Return the runs in the folders that the user names: those of the `seeds`, or else all."""
+    """Return the runs in the folders that the user names: only the runs of the `seeds`, or all if that is None."""
     from pipeline.report.seeds import find_seeds
 
     if seeds:
@@ -78,7 +81,10 @@ def _find_runs(folders: Sequence[Path], seeds: Sequence[str] | None) -> list[Pat
 
 
 def _find_links(directories: Sequence[Path], homes: Sequence[Path]) -> list[Problem]:
-    """Return the directories that a link leads out of their home: a run may come from a stranger."""
+    """Return a problem for each directory that is a link to a place outside of its home.
+
+    A run may have been downloaded from a stranger, whose link could make the report overwrite other files.
+    """
     problems = []
     for directory, home in zip(directories, homes, strict=True):
         target = Path(os.path.realpath(directory))

@@ -50,6 +50,7 @@ def main(args: argparse.Namespace) -> int:
 
     ours = list(map(Path, args.runs))
     theirs = list(map(Path, args.against or ()))
+    # `compare STAGE STAGE` means `compare STAGE --against STAGE`.
     if not theirs and len(ours) == 2 and all(map(is_stage, ours)):
         ours, theirs = ours[:1], ours[1:]
     if not theirs:
@@ -95,11 +96,11 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _load(paths: Sequence[Path]) -> list[Run]:
-    """Load each run, or the run of each stage with that stage alone."""
+    """Load the runs at `paths`; for the folder of a stage, its run with that stage alone."""
     from pipeline.report.load import is_stage, load_runs, with_only_stage
 
     runs = load_runs([path.resolve().parent if is_stage(path) else path for path in paths])
-    # Two stages are compared as if they were the same stage of two runs.
+    # All stages get the name of the first one, because only stages of the same name are compared.
     label = next((path.resolve().name for path in paths if is_stage(path)), "")
     loaded = []
     for run, path in zip(runs, paths, strict=True):

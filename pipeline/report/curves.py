@@ -1,4 +1,11 @@
-"""What each stage logged in training, and the layout of its charts, which templates draw as inline SVG."""
+"""The charts of a report: what each stage logged in training, laid out for a template that draws inline SVG.
+
+A chart passes through three forms:
+
+    LoggedChart    which keys of the training log to draw (`pipeline.stages.kinds`, or found in the log)
+    Chart          the points that were logged under these keys (`charts_of`, or `overlay` for several runs)
+    layout(chart)  coordinates of lines, ticks and labels, which chart.html.jinja draws
+"""
 
 import math
 import re
@@ -20,7 +27,13 @@ from pipeline.stages.kinds import LoggedChart
 Points = list[tuple[float, float]]
 
 WIDTH, HEIGHT = 360, 210
+"""Size of a chart, in the units of its SVG."""
 LEFT, RIGHT, TOP, BOTTOM = 46, 50, 10, 38
+"""Margins around the lines: room for ticks on the left, last values on the right and the horizontal axis."""
+MAX_SEGMENTS = 60
+"""A line with more points is drawn faintly, under the means of this many segments, which show the trend."""
+LABEL_HEIGHT = 12
+"""Height of a line of text, in the units of the SVG."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +55,7 @@ class Chart:
         x_label: What its horizontal axis shows.
         series: Its lines, at least one.
         note: How to read it, "" if that is clear.
-        stage_title: What kind of stage that is; "" if the directory says it.
+        stage_title: Name of the stage's kind in titles; if it is "", `stage` determines it.
     """
 
     stage: str
@@ -54,60 +67,80 @@ class Chart:
 
 
 def charts_of(run: Run) -> list[Chart]:
-    """Return every chart for which the run logged at least two points, in the order of training."""
+    """Return the charts of all stages, in the order of training.
+
+    Lines of fewer than two points are omitted, and so are charts without lines.
+    """
     charts: list[Chart] = []
     for stage in run.stages.values():
-        for chart, x in _logged_charts(stage):
-            lines = [Series(name, logged(stage, key, x), dots=x != "step") for name, key in chart.lines]
-            drawn = tuple(line for line in lines if len(line.points) > 1)
-            if not drawn:
+        for chart, x_key in _logged_charts(stage):
+            is_over_steps = x_key == "step"
+            series = []
+            for name, key in chart.lines:
+                points = logged(stage, key, x_key)
+                if len(points) > 1:
+                    series.append(Series(name, points, dots=not is_over_steps))
+            if not series:
                 continue
-            title = chart.title if x == "step" else f"{chart.title} against KL"
-            label = "training steps" if x == "step" else "KL, nats per answer"
-            charts.append(Chart(stage.name, title, label, drawn, chart.note, stage_info(stage).title))
+            title = chart.title if is_over_steps else f"{chart.title} against KL"
+            x_label = "training steps" if is_over_steps else "KL, nats per answer"
+            charts.append(Chart(stage.name, title, x_label, tuple(series), chart.note, stage_info(stage).title))
     return charts
 
 
 def _logged_charts(stage: StageResult) -> list[tuple[LoggedChart, str]]:
-    """Return the charts of a stage, each with the key that its horizontal axis shows.
+    """Return the charts of a stage, each with the logged key of its horizontal axis ("step" or "objective/kl").
 
-    The charts of a kind are in `pipeline.stages`; others depend on the run's rewards and experts.
+    The charts that every stage of a kind has are in `pipeline.stages`. The others depend on what the stage logged:
+    its rewards, if it is trained by PPO, and its experts, if the model has any.
     """
     info = stage_info(stage)
     keys = sorted({key for record in stage.history for key in record})
     charts = [(chart, "step") for chart in info.charts]
     if info.has_critic:
         rewards, taste = _reward_charts(keys)
-        over_kl = (replace(rewards, note="The reward that PPO sees."), taste)
-        charts = [(rewards, "step"), *charts, *((chart, "objective/kl") for chart in over_kl)]
-    return [*charts, *((chart, "step") for chart in _expert_charts(keys))]
+        charts.insert(0, (rewards, "step"))
+        # Drawn over the KL from the reference, the same rewards show what each nat of drift gained.
+        charts.append((replace(rewards, note="The reward that PPO sees."), "objective/kl"))
+        charts.append((taste, "objective/kl"))
+    for chart in _expert_charts(keys):
+        charts.append((chart, "step"))
+    return charts
 
 
 def _reward_charts(keys: Sequence[str]) -> tuple[LoggedChart, LoggedChart]:
-    """Return the charts of PPO's rewards before weighting, and of the simulated annotators' hidden taste."""
-    means = []
+    """Return the charts of PPO's rewards before weighting, and of the simulated annotators' hidden taste.
+
+    `keys` are all keys of the training log. The second chart has no lines if no reward is called a taste.
+    """
+    rewards_lines: list[tuple[str, str]] = []
+    taste_lines: list[tuple[str, str]] = []
     for key in keys:
         match = re.fullmatch(r"rewards/(.+)/mean", key)
         if match:
-            means.append((match[1], key))
-    lines = tuple(line for line in means if "taste" not in line[0])
-    if len(lines) > 1:
-        rewards = LoggedChart("Rewards", lines)
-    elif lines:
+            name = match[1]
+            lines = taste_lines if "taste" in name else rewards_lines
+            lines.append((name, key))
+    if len(rewards_lines) > 1:
+        rewards = LoggedChart("Rewards", tuple(rewards_lines))
+    elif rewards_lines:
         # A single reward is the reward model's.
-        rewards = LoggedChart("Reward-model score", (("score", lines[0][1]),))
+        rewards = LoggedChart("Reward-model score", (("score", rewards_lines[0][1]),))
     else:
-        # If it has no key of its own, its score is the sum of all rewards.
+        # Without any key `rewards/…/mean`, the reward model's score is the total reward.
         rewards = LoggedChart("Reward-model score", (("score", "reward"),))
     note = (
         "What the simulated annotators prefer; PPO does not see it. If it rises with the score, the policy is not "
         "gaming the reward model."
     )
-    return rewards, LoggedChart("Hidden taste", tuple(line for line in means if "taste" in line[0]), note)
+    return rewards, LoggedChart("Hidden taste", tuple(taste_lines), note)
 
 
 def _expert_charts(keys: Sequence[str]) -> list[LoggedChart]:
-    """Return a chart of the experts' loads for each layer that has experts, and one of the routers' entropies."""
+    """Return a chart of the experts' loads for each layer that has experts, and one of the routers' entropies.
+
+    The latter has no lines if the model has no experts.
+    """
     experts = []
     for key in keys:
         # "router/layer_0/expert_3" is the load of the fourth expert in the first layer that has experts.
@@ -116,8 +149,8 @@ def _expert_charts(keys: Sequence[str]) -> list[LoggedChart]:
             experts.append((int(match[1]), int(match[2])))
     charts = []
     entropies = []
-    for layer, of_layer in groupby(sorted(experts), key=itemgetter(0)):
-        loads = tuple((f"expert {expert + 1}", f"router/layer_{layer}/expert_{expert}") for _, expert in of_layer)
+    for layer, group in groupby(sorted(experts), key=itemgetter(0)):
+        loads = tuple((f"expert {expert + 1}", f"router/layer_{layer}/expert_{expert}") for _, expert in group)
         note = "Tokens over the fair number; 1 is balanced."
         charts.append(LoggedChart(f"Load of the experts, layer {layer + 1}", loads, note))
         entropies.append((f"layer {layer + 1}", f"router/layer_{layer}/entropy"))
@@ -125,21 +158,34 @@ def _expert_charts(keys: Sequence[str]) -> list[LoggedChart]:
 
 
 def overlay(runs: Sequence[Run]) -> list[Chart]:
-    """Return the charts with one line per run: its validation line if it has one, otherwise its first."""
+    """Return the charts of several runs with one line per run, which is named after the run.
+
+    This is the validation line of the run's chart if it has one, otherwise its first line: five runs with two lines
+    each would be indistinguishable.
+    """
+    # Charts of two runs are the same chart if stage and title are equal.
     merged: dict[tuple[str, str], Chart] = {}
     for run in runs:
         for chart in charts_of(run):
-            # Five runs with two lines each would be indistinguishable.
             line = next((line for line in chart.series if line.name == "validation"), chart.series[0])
-            base = merged.get((chart.stage, chart.title), replace(chart, series=()))
-            merged[chart.stage, chart.title] = replace(base, series=(*base.series, replace(line, name=run.name)))
+            line = replace(line, name=run.name)
+            key = (chart.stage, chart.title)
+            if key in merged:
+                merged[key] = replace(merged[key], series=(*merged[key].series, line))
+            else:
+                merged[key] = replace(chart, series=(line,))
     return list(merged.values())
 
 
 def logged(stage: StageResult, key: str, x: str = "step") -> Points:
     """Return the points (x, value) at which the stage logged both `key` and `x`, in the order of logging."""
-    points = [(finite(record.get(x)), finite(record.get(key))) for record in stage.history]
-    return [(place, value) for place, value in points if place is not None and value is not None]
+    points = []
+    for record in stage.history:
+        place = finite(record.get(x))
+        value = finite(record.get(key))
+        if place is not None and value is not None:
+            points.append((place, value))
+    return points
 
 
 def last_logged(stage: StageResult, key: str) -> float | None:
@@ -151,19 +197,22 @@ def last_logged(stage: StageResult, key: str) -> float | None:
     return None
 
 
-def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Return round numbers in [low, high], 1, 2 or 5 times a power of ten apart, at most `most` + 1 of them."""
-    # The smallest round step that is at least as large as an even division.
-    raw = (high - low) / most
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
+def ticks(low: float, high: float, intervals: int = 5) -> list[float]:
+    """Return round numbers in [low, high], 1, 2 or 5 times a power of ten apart, with at most `intervals` between them.
+
+    For example, `ticks(0, 7)` is [0, 2, 4, 6].
+    """
+    # The step is the smallest round number that is at least an even division. 1e-9 allows for rounding errors.
+    even_step = (high - low) / intervals
+    power = 10.0 ** math.floor(math.log10(even_step))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= even_step * (1 - 1e-9))
     indices = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
     return [float(f"{index * step:.12g}") for index in indices]
 
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis on which the value `low` lies at the coordinate `start`, and `high` at `end`."""
+    """An axis which maps the values [low, high] to the SVG coordinates [start, end]."""
 
     low: float
     high: float
@@ -183,11 +232,12 @@ class Axis:
 
 
 def _short(value: float, digits: int) -> str:
+    """Format a value for an axis: "0.25" with as many digits as requested, and "12 k" from 1,000 on."""
     return magnitude(value) if abs(value) >= 1000 else number(value, digits)
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
-    """Return the lowest and the highest value, moved apart if they are too close to draw."""
+    """Return the lowest and the highest value, moved 10% apart if they are (nearly) equal, which cannot be drawn."""
     low = min(values)
     high = max(values)
     size = max(abs(low), abs(high))
@@ -204,25 +254,23 @@ def layout(chart: Chart) -> dict[str, Any]:
     # The vertical coordinate at which each line ends, its index, and the value there.
     ends = []
     for index, line in enumerate(chart.series):
-        # Lines of more than 60 points are drawn faintly, under the means of at most 60 segments, which show the trend.
-        size = math.ceil(len(line.points) / 60)
-        segments = [line.points[start : start + size] for start in range(0, len(line.points), size)]
-        means = [(fmean(x for x, _ in segment), fmean(y for _, y in segment)) for segment in segments]
+        means = _segment_means(line.points)
         points = [(x_axis.place(x), y_axis.place(y)) for x, y in line.points]
-        course = [(x_axis.place(x), y_axis.place(y)) for x, y in means]
+        trend = [(x_axis.place(x), y_axis.place(y)) for x, y in means]
         drawing = {
-            "css": f"s{index % 6}",
+            "css": _css_class(index),
             "dots": line.dots,
             "points": points,
-            "marked": course if len(course) <= 12 else course[-1:],
-            "course": _svg_path(course),
+            # If there are few points, each gets a mark, otherwise only the last one.
+            "marked": trend if len(trend) <= 12 else trend[-1:],
+            "course": _svg_path(trend),
             "raw": "",
         }
-        if size > 1:
+        if len(means) < len(points):
             drawing["raw"] = _svg_path(points)
         lines.append(drawing)
         if not line.dots:
-            ends.append((course[-1][1], index, means[-1][1]))
+            ends.append((trend[-1][1], index, means[-1][1]))
     return {
         "title": f"{chart.stage_title or stage_info(chart.stage).title}: {chart.title}",
         "series": chart.series,
@@ -233,6 +281,24 @@ def layout(chart: Chart) -> dict[str, Any]:
         "x_ticks": x_axis.ticks(),
         "y_ticks": y_axis.ticks(),
     }
+
+
+def _css_class(index: int) -> str:
+    """Return the class of the line `index` of a chart; the style sheet has six colours."""
+    return f"s{index % 6}"
+
+
+def _segment_means(points: Points) -> Points:
+    """Return the mean point of each of at most `MAX_SEGMENTS` segments; up to so many points are returned as they are.
+
+    The segments have the same number of points, except for the last one, which may be shorter.
+    """
+    size = math.ceil(len(points) / MAX_SEGMENTS)
+    means = []
+    for start in range(0, len(points), size):
+        segment = points[start : start + size]
+        means.append((fmean(x for x, _ in segment), fmean(y for _, y in segment)))
+    return means
 
 
 def _axes(chart: Chart) -> tuple[Axis, Axis]:
@@ -251,17 +317,18 @@ def _svg_path(points: Points) -> Markup:
 
 
 def _last_values(ends: Sequence[tuple[float, int, float]]) -> list[dict[str, Any]]:
-    """Return labels for the ends of lines, at least a line of text apart.
+    """Return the labels with the last values of the lines, from top to bottom, so far apart that none overlap.
 
-    `ends` are the vertical coordinate, the index and the last value of each line.
+    `ends` are the vertical coordinate of the end, the index and the last value of each line.
     """
     labels = []
-    apart = 12
     y = 0.0
-    for place, (end, index, value) in enumerate(sorted(ends), start=1):
-        # Each label is next to the end of its line, or lower if there is another one, but leaves room for those below.
-        lowest = HEIGHT - BOTTOM - apart * (len(ends) - place)
-        y = max(y + apart, min(end + 4, lowest))
-        text = _short(value, max(0, 2 - math.floor(math.log10(abs(value) or 1.0))))
-        labels.append({"css": f"s{index % 6}", "y": y, "label": text})
+    for count, (end, index, value) in enumerate(sorted(ends), start=1):
+        # A label is next to the end of its line (4 units lower, which centres the text) unless the label above it is
+        # in the way. It leaves room for the labels that are still to be placed below it.
+        lowest = HEIGHT - BOTTOM - LABEL_HEIGHT * (len(ends) - count)
+        y = max(y + LABEL_HEIGHT, min(end + 4, lowest))
+        # Three significant digits.
+        digits = max(0, 2 - math.floor(math.log10(abs(value) or 1.0)))
+        labels.append({"css": _css_class(index), "y": y, "label": _short(value, digits)})
     return labels

@@ -1,4 +1,10 @@
-"""Differences on the same examples: gains of each stage, losses of earlier abilities, and differences between runs."""
+"""Differences of metrics on the same examples: between two stages of a run, and between two runs.
+
+`differences` compares each stage of a run with the one that it started from and with baselines, for `report`.
+`compare` compares the same stage of two recipes, one pair of runs for each seed, for `python -m pipeline compare`. Both
+subtract example by example (`paired_difference`), so that examples that are hard for both sides do not widen the
+interval.
+"""
 
 import math
 from collections.abc import Sequence
@@ -14,8 +20,11 @@ from pipeline.report.load import Run, stage_info
 from pipeline.report.text import interval, number, signed
 
 Pairs = Sequence[tuple[Run, Run]]
+"""Runs A and B of the same seed, one pair for each seed."""
 Changes = dict[str, dict[str, Estimate]]
-MEASURED = ("max_new_tokens", "samples", "elicit", "shots", "best_of", "seed")
+"""A minus B, by stage or baseline and then by metric."""
+Verdict = Literal["better", "worse", "same"]
+MEASUREMENT_KEYS = ("max_new_tokens", "samples", "elicit", "shots", "best_of", "seed")
 """Keys of `evaluate.yaml` that say how a run is measured, whatever its data."""
 
 
@@ -29,9 +38,9 @@ class Difference:
         metric: Name of the metric.
         change: The mean difference with its interval.
         was: Value of the metric in `reference`, on all of its examples.
-        now: The same in `stage`.
+        now: Value of the metric in `stage`, on all of its examples.
         aim: Whether `stage` is trained to improve the metric.
-        verdict: What `judge` says about the change.
+        verdict: The direction of the change, as `judge_change` returns it.
     """
 
     stage: str
@@ -41,13 +50,14 @@ class Difference:
     was: float
     now: float
     aim: bool
-    verdict: Literal["better", "worse", "same"]
+    verdict: Verdict
 
 
 def differences(run: Run) -> list[Difference]:
-    """Return the differences of each stage from the one that it started from and, in its aims, from baselines.
+    """Return the differences of each stage from the stage that it started from and from other references.
 
-    Of several stages of one kind that started from the same model, the later ones are also compared with the first.
+    These are the baselines, in the metrics that the stage is trained for, and the first variant: if several stages of
+    one kind started from the same model, the later ones are compared with the first.
     """
     changes: list[Difference] = []
     for stage in run.stages.values():
@@ -64,57 +74,76 @@ def differences(run: Run) -> list[Difference]:
         if variant is not None:
             changes += _between(variant, stage)
         if not is_other_architecture:
-            # Baselines only matter for the metrics that their stage is trained for.
             for baseline in run.baselines.values():
+                # In other metrics, a difference from a baseline says nothing about the training.
                 changes += [change for change in _between(baseline, stage) if change.aim]
     return changes
 
 
 def _between(reference: StageResult, stage: StageResult) -> list[Difference]:
-    """Return the differences in every metric that both stages have, those that `stage` is trained for first."""
+    """Return the differences in the metrics that both stages have, beginning with the aims of `stage`."""
     aims = stage_info(stage).aims
     shared = [name for name in stage.metrics if name in reference.metrics]
     changes = []
     for metric in sorted(shared, key=lambda name: (name not in aims, metric_order(name))):
         was = reference.metrics[metric]
         now = stage.metrics[metric]
-        change = paired(reference.outcomes(metric), stage.outcomes(metric), metric, by_kind=bool(now.by_kind))
-        if change is not None:
-            verdict = judge(metric, change)
-            is_aim = metric in aims
-            changes.append(
-                Difference(stage.name, reference.name, metric, change, was.value, now.value, is_aim, verdict)
-            )
+        outcomes = (reference.outcomes(metric), stage.outcomes(metric))
+        change = paired_difference(*outcomes, metric, by_kind=bool(now.by_kind))
+        if change is None:
+            continue
+        difference = Difference(
+            stage=stage.name,
+            reference=reference.name,
+            metric=metric,
+            change=change,
+            was=was.value,
+            now=now.value,
+            aim=metric in aims,
+            verdict=judge_change(metric, change),
+        )
+        changes.append(difference)
     return changes
 
 
-def paired(earlier: Outcomes, later: Outcomes, metric: str = "", by_kind: bool = False) -> Estimate | None:
-    """Return the mean difference on shared examples, None if there are none or none has a weight.
+def paired_difference(earlier: Outcomes, later: Outcomes, metric: str = "", by_kind: bool = False) -> Estimate | None:
+    """Return the mean of `later` minus `earlier` over the examples in both, weighted as in `later`.
 
     Args:
         earlier: The outcomes that are subtracted, by example.
         later: The outcomes that they are subtracted from.
         metric: The metric, whose range bounds the interval.
         by_kind: Whether to return the difference for each kind of example as well.
+
+    Returns:
+        The difference with its interval, None if no example is in both or the weights of these examples are all 0.
     """
-    shared = [key for key in earlier if key in later]
-    weights = [later[key][1] for key in shared]
+    values = []
+    weights = []
+    for key, (earlier_value, _, _) in earlier.items():
+        if key in later:
+            later_value, weight, _ = later[key]
+            values.append(later_value - earlier_value)
+            weights.append(weight)
     # Without any weight, such as for documents without bytes, there is no mean.
     if sum(weights) <= 0:
         return None
-    # Both sides answered the same examples, so the interval of the difference is narrower than both intervals.
-    whole = mean_difference([later[key][0] - earlier[key][0] for key in shared], weights, metric_info(metric).share)
+    whole = mean_difference(values, weights, metric_info(metric).share)
     parts = {}
     if by_kind:
         for kind in sorted({kind for _, _, kind in later.values()} - {""}):
-            part = paired(earlier, {key: entry for key, entry in later.items() if entry[2] == kind}, metric)
+            of_kind = {key: outcome for key, outcome in later.items() if outcome[2] == kind}
+            part = paired_difference(earlier, of_kind, metric)
             if part is not None:
                 parts[kind] = part
     return replace(whole, by_kind=parts)
 
 
-def judge(metric: str, change: Estimate) -> Literal["better", "worse", "same"]:
-    """Return "better", "worse" or, if the interval contains 0 or neither direction is better, "same"."""
+def judge_change(metric: str, change: Estimate) -> Verdict:
+    """Return whether a change of a metric is "better" or "worse".
+
+    It is "same" if its interval contains 0 or is unknown, or if the metric has no better direction.
+    """
     better = metric_info(metric).better
     if not better or change.low is None or change.high is None or change.low <= 0 <= change.high:
         return "same"
@@ -123,7 +152,7 @@ def judge(metric: str, change: Estimate) -> Literal["better", "worse", "same"]:
 
 
 def pair_by_seed(runs: Sequence[Run], against: Sequence[Run]) -> tuple[Pairs, list[Problem]]:
-    """Return the pairs of runs of the same seed, and a problem for each unpaired run."""
+    """Return the pairs of runs of the same seed, and a problem for each run without a partner or with a seed twice."""
     problems = []
     ours: dict[str, Run] = {}
     theirs: dict[str, Run] = {}
@@ -134,7 +163,7 @@ def pair_by_seed(runs: Sequence[Run], against: Sequence[Run]) -> tuple[Pairs, li
                 remedy = f"has seed {seed}, like {by_seed[seed].path}; give one run for each seed"
                 problems.append(Problem(side, run.path, remedy))
             by_seed[seed] = run
-    # A run without a partner could not be compared, so it is reported instead of ignored.
+    # A run without a partner cannot be compared. It is reported, because ignoring it would change the result silently.
     for side, by_seed in (("A", ours), ("--against", theirs)):
         for seed, run in by_seed.items():
             if seed not in ours or seed not in theirs:
@@ -144,7 +173,7 @@ def pair_by_seed(runs: Sequence[Run], against: Sequence[Run]) -> tuple[Pairs, li
 
 
 def check_rows(pairs: Pairs) -> list[Problem]:
-    """Report pairs without a common metric, or measured on different test rows."""
+    """Return a problem for each pair of runs that has no metric in common, or was measured on different test rows."""
     problems = []
     for run, other in pairs:
         ours = _metrics_of(run)
@@ -152,7 +181,8 @@ def check_rows(pairs: Pairs) -> list[Problem]:
         shared = [name for name in ours if name in theirs]
         unequal = []
         for stage, metric in shared:
-            # Rows are compared by their content, whatever the file. Each run has its own reward models and pairs.
+            # Rows are compared by a hash of their content, whatever the file. Stages that do not generate are reward
+            # models, which each run tests on its own pairs.
             our_rows = ours[stage, metric].outcomes(metric).keys()
             their_rows = theirs[stage, metric].outcomes(metric).keys()
             if stage_info(ours[stage, metric]).generates and our_rows != their_rows:
@@ -161,36 +191,38 @@ def check_rows(pairs: Pairs) -> list[Problem]:
             remedy = f"was measured on different test rows than {run.path} ({unequal[0]}); use the same data for both"
             problems.append(Problem("--against", other.path, remedy))
         elif not shared:
-            remedy = f"has no figure in common with {run.path}; evaluate the same stages"
+            remedy = f"has no metric in common with {run.path}; evaluate the same stages"
             problems.append(Problem("--against", other.path, remedy))
     return problems
 
 
 def note_other_settings(pairs: Pairs) -> list[str]:
-    """Return a note for each stage that two runs measured differently, which may explain a difference."""
+    """Return a note for each stage that was measured with other settings in B than in A, which may explain a change."""
     notes = []
     for run, other in pairs:
         for name in sorted(run.stages.keys() & other.stages.keys()):
             ours = run.stages[name].settings
             theirs = other.stages[name].settings
-            changed = [key for key in MEASURED if ours.get(key) != theirs.get(key)]
+            changed = [key for key in MEASUREMENT_KEYS if ours.get(key) != theirs.get(key)]
             if changed:
                 notes.append(f"{other.path}: {name} measured with a different {' and '.join(changed)} than {run.path}")
     return notes
 
 
 def compare(pairs: Pairs, tests: int = 1) -> Changes:
-    """Return the difference of every metric that all runs have, as stage -> metric -> estimate.
+    """Return A minus B for every metric that all runs have, by stage or baseline and then by metric.
 
     Args:
         pairs: The runs, in pairs of the same seed.
-        tests: How many differences a conclusion is drawn from. The intervals are so wide that all of them hold together
-            with 95%, not each.
+        tests: How many comparisons a conclusion is drawn from. The intervals are so wide that all of them contain their
+            true differences with 95% (see `pipeline.report.compare`).
     """
     results = [(_metrics_of(run), _metrics_of(other)) for run, other in pairs]
     changes: Changes = {}
-    for stage, metric in results[0][0]:
-        if not all((stage, metric) in side for pair in results for side in pair):
+    first_run, _ = results[0]
+    for stage, metric in first_run:
+        has_all = all((stage, metric) in ours and (stage, metric) in theirs for ours, theirs in results)
+        if not has_all:
             continue
         bounds = (-1.0, 1.0) if metric_info(metric).share else (-math.inf, math.inf)
         by_seed = []
@@ -202,12 +234,16 @@ def compare(pairs: Pairs, tests: int = 1) -> Changes:
 
 
 def _difference(ours: StageResult, theirs: StageResult, metric: str) -> Estimate:
-    """Return our metric minus theirs, on shared rows if there are any and the rows do not depend on the run."""
-    change = paired(theirs.outcomes(metric), ours.outcomes(metric), metric)
+    """Return our metric minus theirs.
+
+    The difference is paired by test row if the sides have rows in common. Reward models are never paired, since each
+    run tests its own on its own pairs.
+    """
+    change = paired_difference(theirs.outcomes(metric), ours.outcomes(metric), metric)
     if change is not None and stage_info(ours).generates:
         return change
-    # Without shared rows, the estimates are independent, and the interval combines both (Newcombe 1998, "Interval
-    # estimation for the difference between independent proportions", method 10).
+    # Without common rows, the estimates are independent, and the interval combines both (Newcombe 1998, "Interval
+    # estimation for the difference between independent proportions", method 10). It is unknown if either one is.
     a = ours.metrics[metric]
     b = theirs.metrics[metric]
     value = a.value - b.value
@@ -219,7 +255,10 @@ def _difference(ours: StageResult, theirs: StageResult, metric: str) -> Estimate
 
 
 def _metrics_of(run: Run) -> dict[tuple[str, str], StageResult]:
-    """Return the result of each stage or baseline for each of its metrics, in the order of the report."""
+    """Return the results of a run's stages and baselines by (name, metric), in the order of the report.
+
+    A stage with three metrics has three entries, whose values are the same `StageResult`.
+    """
     results = {}
     for name, stage in (run.stages | run.baselines).items():
         for metric in sorted(stage.metrics, key=metric_order):
@@ -228,9 +267,18 @@ def _metrics_of(run: Run) -> dict[tuple[str, str], StageResult]:
 
 
 def format_table(pairs: Pairs, changes: Changes, tests: int = 1) -> str:
-    """Format the differences, one per line, with the means of both sides over the seeds; `tests` as for `compare`."""
+    """Format the differences as a table for a terminal: one line per metric, with the means of A and B over the seeds.
+
+    Args:
+        pairs: The runs, in pairs of the same seed.
+        changes: What `compare` returned for them.
+        tests: How many comparisons a conclusion is drawn from, as for `compare`.
+    """
     row = "  {:<32} {:>9} {:>9} {:>9}  {:<18} {}"
-    lines = [f"{name}: {', '.join(str(pair[side].path) for pair in pairs)}" for side, name in enumerate("AB")]
+    lines = []
+    for side, name in enumerate("AB"):
+        paths = [str(pair[side].path) for pair in pairs]
+        lines.append(f"{name}: {', '.join(paths)}")
     percent = f"{100 * confidence_of_each(tests):.6g}%"
     lines.append(row.format("", "A", "B", "A - B", f"{percent} interval", "").rstrip())
     for stage, by_metric in changes.items():
@@ -243,7 +291,7 @@ def format_table(pairs: Pairs, changes: Changes, tests: int = 1) -> str:
                 means.append(number(mean, info.digits))
             difference = signed(change.value, info.digits)
             ends = interval(change, info.digits, sign=True)
-            verdict = judge(metric, change).replace("same", "")
+            verdict = judge_change(metric, change).replace("same", "")
             lines.append(row.format(info.label, *means, difference, ends, verdict).rstrip())
     total = sum(map(len, changes.values()))
     if tests == 1:
@@ -252,10 +300,18 @@ def format_table(pairs: Pairs, changes: Changes, tests: int = 1) -> str:
     else:
         by_chance = f"one or more of {tests} such intervals would miss 0 in 5% of cases."
     lines.append(f"Without any true difference, {by_chance}")
-    missing = []
-    for stage, metric in dict.fromkeys(name for pair in pairs for run in pair for name in _metrics_of(run)):
-        if metric not in changes.get(stage, {}):
-            missing.append(f"{metric} of {stage}")
-    if missing:
-        lines.append(f"Omitted, because not every run has them: {', '.join(missing)}.")
+    omitted = _omitted_metrics(pairs, changes)
+    if omitted:
+        lines.append(f"Omitted, because not every run has them: {', '.join(omitted)}.")
     return "\n".join(lines)
+
+
+def _omitted_metrics(pairs: Pairs, changes: Changes) -> list[str]:
+    """Return the metrics that were not compared, because not every run has them, as "pass@1 of 4_grpo"."""
+    omitted: dict[str, None] = {}
+    for pair in pairs:
+        for run in pair:
+            for stage, metric in _metrics_of(run):
+                if metric not in changes.get(stage, {}):
+                    omitted[f"{metric} of {stage}"] = None
+    return list(omitted)

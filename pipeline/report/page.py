@@ -1,4 +1,8 @@
-"""The report of one run: the content of its page and its Markdown."""
+"""The report of one run: what its page (HTML) and its Markdown show.
+
+`page_content` returns a dictionary with an entry for each part of the report, which two templates fill in,
+templates/report.html.jinja and templates/report.md.jinja. The other functions return one part each.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -24,7 +28,10 @@ from pipeline.stages import STAGES
 
 
 def write_files(directory: Path, template: str, summary: dict[str, Any], content: dict[str, Any]) -> Path:
-    """Write `summary` to metrics.json, and `content` to report.md and index.html. Return the path of index.html."""
+    """Write `summary` to metrics.json, and `content` to report.md and index.html. Return the path of index.html.
+
+    `template` is the name of two templates without their endings: "report", or "seeds" for several runs.
+    """
     # JSON without NaN, which not every parser accepts.
     write_text(directory / "metrics.json", json.dumps(summary, indent=1, allow_nan=False, default=str) + "\n")
     write_text(directory / "report.md", render(f"{template}.md.jinja", content))
@@ -40,9 +47,10 @@ def render(template: str, content: dict[str, Any]) -> str:
 
 @cache
 def _environment(is_page: bool) -> Environment:
-    """Return the environment of the HTML templates if `is_page`, else that of the Markdown ones."""
+    """Return the Jinja environment of the HTML templates if `is_page`, otherwise of the Markdown templates."""
     escape = visible if is_page else markdown
 
+    # Jinja calls this for the value of every {{ expression }}.
     def finalize(value: Any) -> Any:
         return escape(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
@@ -75,9 +83,10 @@ def page_content(run: Run, summary: dict[str, Any], changes: Sequence[Difference
     problems = showcase(run)
     charts = charts_of(run)
     answers = _answers(run)
-    # A box of the path leads to the part of the report about it, if there is one.
+    # A box of the path links to the part of the report about it, unless that part is empty.
     parts = {"answers": answers, "curves": charts, "gains": changes, "reasoning": problems}
     links = {kind: f"#{info.box.place}" for kind, info in STAGES.items() if info.box and parts[info.box.place]}
+    # The metrics of a miniature mean nothing, so it raises no alarm.
     alarms = [] if run.is_smoke else summary["alarms"]
     findings = [Finding(**entry) for entry in summary["verdict"]]
     return {
@@ -120,7 +129,10 @@ def page_content(run: Run, summary: dict[str, Any], changes: Sequence[Difference
 
 
 def _facts(summary: Mapping[str, Any]) -> list[str]:
-    """Return the size of the model, the machine and the commit, as far as they are known."""
+    """Return the facts under the headline, such as ["1.93 M parameters", "NVIDIA H100", "16 cores", "commit 5332eef"].
+
+    What was not recorded is omitted, except for the hardware.
+    """
     facts = []
     if summary["parameters"]:
         facts.append(f"{magnitude(max(summary['parameters'].values()))} parameters")
@@ -136,7 +148,10 @@ def _facts(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _origin(run: Run, summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return how the run was made, and the shape of the model that its last stage wrote, None for what is unknown."""
+    """Return how the run was made, as three tables with titles: "Run", "Hardware" and "Versions".
+
+    "Run" includes the shape of the model that the last stage wrote; a value is None if it is unknown.
+    """
     model = next((stage.config for stage in reversed(run.stages.values()) if stage.config), {})
     recipe = Path(str(run.record.get("recipe") or "unknown")).name
     about = {"seed": summary["seed"], "commit": summary["commit"] or "unknown", "recipe": recipe}
@@ -147,7 +162,7 @@ def _origin(run: Run, summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _answers(run: Run) -> dict[str, dict[str, str]]:
-    """Return the answers of each stage to the fixed prompts, by prompt."""
+    """Return the answers to the fixed prompts of the evaluation, by stage and prompt; only stages that answered any."""
     answers: dict[str, dict[str, str]] = {}
     for stage in run.stages.values():
         for item in stage.answers:
@@ -156,7 +171,10 @@ def _answers(run: Run) -> dict[str, dict[str, str]]:
 
 
 def _answers_by_prompt(answers: Mapping[str, Mapping[str, str]]) -> list[dict[str, Any]]:
-    """Return the answers of all stages to each prompt, None where a stage was not asked."""
+    """Regroup the answers by prompt: one entry for each prompt, with the answer of every stage.
+
+    The `text` of a stage that did not answer the prompt is None.
+    """
     # Stages evaluated with different settings may have been asked different prompts.
     prompts = dict.fromkeys(prompt for texts in answers.values() for prompt in texts)
     items = []
@@ -167,7 +185,7 @@ def _answers_by_prompt(answers: Mapping[str, Mapping[str, str]]) -> list[dict[st
 
 
 def _named_evaluations(run: Run) -> list[dict[str, Any]]:
-    """Return a row for each metric of each stage in the evaluations with a name."""
+    """Return a row for each metric of each stage in the named evaluations, such as evaluations/longer/2_sft.json."""
     rows = []
     for name, stages in run.named_evaluations.items():
         for stage, metrics in stages.items():
@@ -177,7 +195,10 @@ def _named_evaluations(run: Run) -> list[dict[str, Any]]:
 
 
 def metric_table(run: Run, by_kind: bool) -> dict[str, Any]:
-    """Return one row per metric (or per metric and kind of example), with an estimate or None for each stage."""
+    """Return the table of metrics: one column per stage, one row per metric (or per metric and kind of example).
+
+    A cell is an estimate, or None if the stage lacks the metric.
+    """
     stages = [stage for stage in run.stages.values() if stage.metrics]
     rows = []
     for metric in sorted({name for stage in stages for name in stage.metrics}, key=metric_order):
@@ -187,14 +208,18 @@ def metric_table(run: Run, by_kind: bool) -> dict[str, Any]:
             meaning = metric_info(metric).meaning.replace("{against}", run.against).replace("{judge}", run.judge)
             rows.append(_table_row(metric, label, meaning, estimates))
             continue
-        for kind in sorted({kind for estimate in estimates if estimate for kind in estimate.by_kind}):
+        kinds: set[str] = set()
+        for estimate in estimates:
+            if estimate is not None:
+                kinds.update(estimate.by_kind)
+        for kind in sorted(kinds):
             of_kind = [estimate.by_kind.get(kind) if estimate else None for estimate in estimates]
             rows.append(_table_row(metric, f"{metric_info(metric).label}: {kind}", "", of_kind))
     return {"columns": [stage.name for stage in stages], "rows": rows}
 
 
 def _table_row(metric: str, label: str, meaning: str, estimates: list[Estimate | None]) -> dict[str, Any]:
-    """Return a row of the table of metrics. Its meaning ends with the numbers of examples, "n = 300 or 400"."""
+    """Return a row of the table of metrics. Its meaning ends with the numbers of examples: "…; n = 300 or 400"."""
     remarks = [meaning]
     counts = sorted({estimate.n for estimate in estimates if estimate is not None and estimate.n is not None})
     if counts:
@@ -203,17 +228,23 @@ def _table_row(metric: str, label: str, meaning: str, estimates: list[Estimate |
 
 
 def remarks(run: Run) -> list[str]:
-    """Return notes on how the stages were measured: what was not measured, cut off or trained on."""
+    """Return notes on how the metrics came about.
+
+    These are examples that were omitted, answers that were cut off, test rows that are also training rows, rows of the
+    training data that were lost, and a test split on which a checkpoint was chosen.
+    """
     measured = [stage for stage in run.stages.values() if stage.metrics]
     stages_by_line: dict[str, list[str]] = {}
     for stage in measured:
         for line in stage.remarks():
             stages_by_line.setdefault(line, []).append(stage.name)
-    # Remarks about every stage that writes text do not name the stages.
-    writers = len([stage for stage in measured if stage_info(stage).generates])
+    # A remark that concerns every stage that generates text does not list the stages.
+    generating_stages = [stage for stage in measured if stage_info(stage).generates]
     lines = []
     for line, names in stages_by_line.items():
-        lines.append(line if len(names) >= writers else f"{line} ({', '.join(names)})")
+        if len(names) < len(generating_stages):
+            line = f"{line} ({', '.join(names)})"
+        lines.append(line)
     for step, entry in run.steps.items():
         for lost in entry.get("lost", []):
             lines.append(f"{step}: {lost['rows']:,} of {lost['of']:,} {lost['what']}")
@@ -221,13 +252,16 @@ def remarks(run: Run) -> list[str]:
         values = entry.get("values", {})
         evaluated_on = entry.get("evaluated_on") or values.get("dataset_test_split")
         if evaluated_on == "test" and values.get("load_best_model_at_end"):
-            what = "its best checkpoint was chosen on the split test, so figures measured on that split flatter it"
+            what = "its best checkpoint was chosen on the split test, so metrics measured on that split flatter it"
             lines.append(f"{step}: {what}; give the data set a split validation")
     return lines
 
 
 def lengths(run: Run) -> dict[str, Any]:
-    """Return pass@1 of the last two stages by problem length, and for problems longer than in training."""
+    """Return the table of pass@1 by the length of a problem (in steps), for the last two stages that have it.
+
+    If either was also measured on problems longer than in training, the table ends with a column "longer".
+    """
     estimates = {name: by_length(stage) for name, stage in run.stages.items()}
     names = [name for name in estimates if estimates[name]][-2:]
     columns = sorted({length for name in names for length in estimates[name]}, key=int)
@@ -241,7 +275,12 @@ def lengths(run: Run) -> dict[str, Any]:
 
 
 def experts(run: Run) -> dict[str, Any]:
-    """Return the load of each expert in every stage, and the tokens that it took in some texts in pretraining."""
+    """Return what the report shows about a mixture of experts: the load of each expert, and texts by expert.
+
+    Returns:
+        `names` of the experts; `rows`, the loads by stage and layer (1 is balanced); `stage`, the pretraining stage, ""
+        if there is none; and `drawn`, the panels of each of its texts (`_expert_panels`).
+    """
     loads = {name: stage.experts["layers"] for name, stage in run.stages.items() if "expert_load" in stage.metrics}
     rows: list[dict[str, Any]] = []
     for name, layers in loads.items():
@@ -257,19 +296,26 @@ def experts(run: Run) -> dict[str, Any]:
 
 
 def _expert_panels(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return, for each layer, the pieces of a text and the expert that each went to."""
+    """Return, for each layer, the text of a document in pieces, with the expert that each piece was routed to.
+
+    `document` has the text of each token (`pieces`) and, for each layer, the expert of each token (`chosen`).
+    """
     panels = []
     for layer, chosen in enumerate(document["chosen"], 1):
         # Neighbouring tokens that went to the same expert are shown as one piece of text.
-        runs = []
-        for expert, pairs in groupby(zip(chosen, document["pieces"], strict=True), key=lambda pair: pair[0]):
-            runs.append({"expert": expert, "text": "".join(piece for _, piece in pairs)})
-        panels.append({"layer": layer, "runs": runs})
+        pieces = []
+        for expert, tokens in groupby(zip(chosen, document["pieces"], strict=True), key=lambda token: token[0]):
+            pieces.append({"expert": expert, "text": "".join(text for _, text in tokens)})
+        panels.append({"layer": layer, "runs": pieces})
     return panels
 
 
 def costs(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
-    """Return time, memory, tokens and FLOPs of each step and stage; a stage's evaluation is in the same row."""
+    """Return the table of costs: time, memory, tokens and FLOPs of each step, and totals.
+
+    A stage and its evaluation share a row. `share` is the share of the time of all steps, None if no time is known.
+    `summary` is the content of metrics.json.
+    """
     seconds = summary["seconds"]
     tokens = summary["tokens"]
     flops = summary["flops"]

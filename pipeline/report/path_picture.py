@@ -27,7 +27,10 @@ def title(run: Run) -> str:
 
 
 def headline(run: Run) -> str:
-    """Return a one-sentence summary: from what to what, in what time, on which hardware, with which metrics."""
+    """Return a summary in one sentence: first and last stage, time, hardware, and the main metric of each box.
+
+    For example, "From pretraining to reasoning in 42 min on 4 cores: 61% of problems solved (23% before)."
+    """
     names = [stage_info(stage).name.lower() for stage in run.stages.values() if stage.metrics or stage.history]
     if len(names) > 1:
         sentence = f"From {names[0]} to {names[-1]}"
@@ -56,8 +59,16 @@ def headline(run: Run) -> str:
 
 
 def path_boxes(run: Run, links: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Return the boxes of the picture, for path.html.jinja. `links` has the target of each kind's box."""
-    # The metric and the sample come from the last stage of each kind, or the first of several variants.
+    """Return the boxes of the picture from left to right, for path.html.jinja.
+
+    There is a box for each kind of stage that has one in `STAGES`, whether the run has such a stage or not: its texts
+    are filled in if it does. If the run has no stage of that kind, a kind whose `box_of` names it takes the box.
+
+    Args:
+        run: The run.
+        links: Kind -> address of the part of the report that its box links to; a box without one has no link.
+    """
+    # A box shows the last stage of its kind or, of several variants of a stage, the first.
     stages = [stage for name, stage in run.stages.items() if name not in run.other_architectures]
     last = {stage_kind(stage): stage for stage in stages if run.first_variant(stage) is None}
     boxes: list[dict[str, Any]] = []
@@ -91,7 +102,7 @@ def path_boxes(run: Run, links: Mapping[str, str]) -> list[dict[str, Any]]:
             tokens, _ = training_cost(stage)
             if tokens:
                 content["goes_in"] = f"{magnitude(tokens)} tokens of {box.goes_in}"
-            # If it is not known what the stage started from, it is compared with the one of the box before.
+            # If it is unknown what the stage started from, it is compared with the stage of the box to its left.
             content["figure"] = _figure(run, stage, run.parent_stage(stage) or earlier)
             content["sample"] = _sample(run, stage)
             earlier = stage
@@ -100,9 +111,11 @@ def path_boxes(run: Run, links: Mapping[str, str]) -> list[dict[str, Any]]:
 
 
 def _figure(run: Run, stage: StageResult, start: StageResult | None) -> dict[str, Any] | None:
-    """Return the main metric of a stage with its name in words, the value of `start`, and those of the baselines.
+    """Return the main metric of a stage for its box, None if it was not measured.
 
-    None if the metric was not measured.
+    Returns:
+        `now` and `was`, its values in the stage and in `start` ("" if unknown); `what`, its name in words; `lower`,
+        whether a lower value is better; and `baselines`, the values reached without training.
     """
     aim = main_aim(stage) if stage_info(stage).aims else "bits_per_byte"
     if aim not in stage.metrics:
@@ -113,6 +126,7 @@ def _figure(run: Run, stage: StageResult, start: StageResult | None) -> dict[str
         value = result.metrics[aim].value
         return f"{number(100 * value, 0)}%" if info.share else number(value, 2)
 
+    # The phrase of a metric may contain "{lengths}", the range of lengths of the problems.
     lengths = [int(length) for length in by_length(stage)]
     range_of_lengths = ""
     if len(lengths) > 1:
@@ -136,9 +150,10 @@ def _figure(run: Run, stage: StageResult, start: StageResult | None) -> dict[str
 
 
 def showcase(run: Run, last: str = "") -> list[dict[str, Any]]:
-    """Return the first held-out problem of each kind, and the answers of two stages to it.
+    """Return the first held-out problem of each kind, with the answers of two stages to it.
 
-    These are the stage `last`, or the last one with answers, and the stage that it started from.
+    The second one is the stage named `last` or, by default, the last stage with answers to problems. The first one is
+    the stage that it started from or, if that has no such answers, the one before it that does.
     """
     stages = [stage for stage in run.stages.values() if stage.traces]
     if last:
@@ -160,7 +175,15 @@ def showcase(run: Run, last: str = "") -> list[dict[str, Any]]:
 
 
 def _sides(stage: StageResult, first: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the answers of a stage to a problem, with how many held-out problems its greedy answers solve."""
+    """Return the answers of a stage to a problem, with how many problems its greedy answers solve.
+
+    Args:
+        stage: The stage.
+        first: The problem, as an entry of `StageResult.traces`.
+
+    Returns:
+        For each answer its `text`, whether it is `correct`, and "47 of 60" for the problems `of_kind` and `of_all`.
+    """
     estimate = stage.metrics.get("pass@1")
     of_kind = estimate
     # If there is only one kind, it is not broken down.
@@ -182,7 +205,11 @@ def _solved(estimate: Estimate | None) -> str:
 
 
 def _sample(run: Run, stage: StageResult) -> dict[str, Any] | None:
-    """Return an answer of a stage: to the first problem, next to the previous stage's, or else to the first prompt."""
+    """Return a sample of a stage's answers for its box, None if it has none.
+
+    For a stage that is measured on problems, this is the first problem with the answers of the stage and the one before
+    it. Otherwise, it is the first prompt with the stage's answer.
+    """
     if stage_info(stage).held_out == "problems" and stage.traces:
         sample = showcase(run, stage.name)[0]
     elif stage.answers:
@@ -195,6 +222,6 @@ def _sample(run: Run, stage: StageResult) -> dict[str, Any] | None:
 
 
 def _cut(text: object) -> str:
-    """Return a text without what would stretch the box: blank lines, and what follows the first 160 characters."""
-    line = re.sub(r"\s*\n\s*\n\s*", " ⏎\n", str(text).strip())
-    return line if len(line) <= 160 else f"{line[:160].rstrip()} …"
+    """Shorten a text so that it fits into a box: without blank lines, and at most 160 characters."""
+    lines = re.sub(r"\s*\n\s*\n\s*", " ⏎\n", str(text).strip())
+    return lines if len(lines) <= 160 else f"{lines[:160].rstrip()} …"

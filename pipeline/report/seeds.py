@@ -1,4 +1,8 @@
-"""The report over several runs of one recipe, usually under several seeds: mean, spread and interval."""
+"""The report over several runs of one recipe, usually under several seeds: mean, spread and interval.
+
+`summarise` returns the metrics.json of each run. Here, the same entry of all runs becomes one `Spread`, which goes into
+the metrics.json of the report (`_spreads`) and, as text, into the tables of its page (`_groups`).
+"""
 
 import os
 import re
@@ -13,12 +17,13 @@ from pipeline.evaluation.intervals import Estimate, over_seeds
 from pipeline.evaluation.metric_info import metric_info, metric_order
 from pipeline.report.curves import overlay
 from pipeline.report.differences import Difference
-from pipeline.report.load import Run, stage_info, stage_order, step_order
+from pipeline.report.load import Run, stage_info, step_order
 from pipeline.report.page import draw, write_files
 from pipeline.report.summary import summarise
 from pipeline.report.targets import Target
 from pipeline.report.text import counted, duration, number, signed
 from pipeline.report.verdict import Finding
+from pipeline.stages import stage_order
 
 Spread = dict[str, Any]
 """`mean`, `sd` (n - 1; None for one run), `ci95`, `min`, `max`, `n` (runs) and `values` (None where a run lacks it)."""
@@ -27,7 +32,10 @@ Spreads = dict[str, dict[str, Any]]
 
 
 def find_seeds(path: Path) -> list[Path]:
-    """Return the runs that `run --seeds` made in a folder, ordered by seed; the folder, if it is a run itself."""
+    """Return the runs that `run --seeds` made in a folder (seed0, seed1, …), ordered by seed.
+
+    If the folder is a run itself, or contains no such runs, return the folder.
+    """
     if (path / "run.json").exists() or (path / "evaluations").exists():
         return [path]
     runs = []
@@ -43,7 +51,7 @@ def spread(estimates: Sequence[Estimate | None], *bounds: float) -> Spread:
 
     Args:
         estimates: The metric in each run, None if a run lacks it; at least one has it.
-        *bounds: Bounds of its interval, as for `over_seeds`.
+        *bounds: The lowest and the highest value of the metric, if it has such bounds; its interval stays within them.
     """
     present = [estimate for estimate in estimates if estimate is not None]
     values = [estimate.value for estimate in present]
@@ -70,11 +78,11 @@ def write_seeds(
         targets: What the recipe promises.
         directory: Where to write.
     """
-    summaries = [summarise(run, of_run, targets) for run, of_run in zip(runs, changes, strict=True)]
+    summaries = [summarise(run, run_changes, targets) for run, run_changes in zip(runs, changes, strict=True)]
     stages = _spreads([summary["stages"] for summary in summaries])
     baselines = _spreads([summary["baselines"] for summary in summaries])
-    by_stage = [_changes_by_stage(run, summary) for run, summary in zip(runs, summaries, strict=True)]
-    differences = _spreads(by_stage, lowest=-1.0)
+    changes_by_stage = [_changes_by_stage(run, summary) for run, summary in zip(runs, summaries, strict=True)]
+    differences = _spreads(changes_by_stage, lowest=-1.0)
     times = _times([summary["seconds"] for summary in summaries])
     seeds = {run.name: run.record.get("seed") for run in runs}
     summary: dict[str, Any] = {
@@ -84,11 +92,14 @@ def write_seeds(
         "differences": differences,
         "seconds": {step: item for step, item in times.items() if step != "together"},
     }
-    for kind in ("promises", "alarms", "verdict"):
-        summary[kind] = [{"run": of_run["run"], **item} for of_run in summaries for item in of_run[kind]]
-    summary["not_judged"] = [
-        {"run": of_run["run"], "line": line} for of_run in summaries for line in of_run["not_judged"]
-    ]
+    # These are lists in the report of a run. Here, they are concatenated, and each entry names its run.
+    for key in ("promises", "alarms", "verdict"):
+        summary[key] = []
+        for run_summary in summaries:
+            summary[key] += [{"run": run_summary["run"], **item} for item in run_summary[key]]
+    summary["not_judged"] = []
+    for run_summary in summaries:
+        summary["not_judged"] += [{"run": run_summary["run"], "line": line} for line in run_summary["not_judged"]]
     summary["notes"] = [note for run in runs for note in run.notes]
     content = {
         **_text(summaries, seeds),
@@ -105,7 +116,12 @@ def write_seeds(
 
 
 def _text(summaries: Sequence[Mapping[str, Any]], seeds: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the lines of the report about each run, which name its seed, and how the intervals were computed."""
+    """Return the texts of the report: its headline, how intervals were computed, and targets and verdict of each run.
+
+    Args:
+        summaries: The metrics.json of each run.
+        seeds: Name of a run -> its seed, None if unknown.
+    """
     labels = {name: name if seed is None else f"{name} (seed {seed})" for name, seed in seeds.items()}
     how = "The intervals are over the test rows of the only run. The variation between trainings is unknown."
     if len(summaries) > 1:
@@ -135,7 +151,10 @@ def _text(summaries: Sequence[Mapping[str, Any]], seeds: Mapping[str, Any]) -> d
 
 
 def _changes_by_stage(run: Run, summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the differences of a run by stage, or by `<stage> - <baseline or variant>`, and then by metric."""
+    """Return the differences of a run by stage and then by metric.
+
+    Differences from anything but the stage that a stage started from are under "<stage> - <baseline or variant>".
+    """
     groups: dict[str, dict[str, Any]] = defaultdict(dict)
     for item in summary["differences"]:
         parent = run.parent_stage(run.stages[item["stage"]])
@@ -147,22 +166,33 @@ def _changes_by_stage(run: Run, summary: Mapping[str, Any]) -> dict[str, dict[st
 
 
 def _times(seconds: Sequence[Mapping[str, float]]) -> dict[str, Spread]:
-    """Return the spread of the seconds of each step and, last, of all steps `together`."""
-    totals = [{**of_run, "together": sum(of_run.values())} if of_run else {} for of_run in seconds]
-    steps = sorted({step for of_run in totals for step in of_run}, key=step_order)
+    """Return the spread of the seconds of each step and, last, of all steps `together`.
+
+    `seconds` are the seconds of each step, for each run; {} for a run without times.
+    """
+    rows = []
+    for run_seconds in seconds:
+        row = dict(run_seconds)
+        if row:
+            row["together"] = sum(row.values())
+        rows.append(row)
     times = {}
-    for step in steps:
-        estimates = [Estimate(of_run[step]) if step in of_run else None for of_run in totals]
+    for step in sorted({step for row in rows for step in row}, key=step_order):
+        estimates = [Estimate(row[step]) if step in row else None for row in rows]
         times[step] = spread(estimates, 0.0)
     return times
 
 
 def _baseline_titles(runs: Sequence[Run], baselines: Iterable[str]) -> dict[str, str]:
-    """Return the title of each baseline; different texts may have won in each run."""
+    """Return the title of each baseline.
+
+    The title of an elicited baseline contains the prompt that worked best, which may differ between runs. All titles of
+    a baseline are joined with " / ".
+    """
     titles = {}
     for name in baselines:
-        of_runs = dict.fromkeys(run.baseline_title(run.baselines[name]) for run in runs if name in run.baselines)
-        titles[name] = " / ".join(of_runs)
+        run_titles = dict.fromkeys(run.baseline_title(run.baselines[name]) for run in runs if name in run.baselines)
+        titles[name] = " / ".join(run_titles)
     return titles
 
 
@@ -177,8 +207,8 @@ def _spreads(runs: Sequence[Mapping[str, Mapping[str, Any]]], lowest: float = 0.
     for group in sorted({group for run in runs for group in run}, key=stage_order):
         entries = [run.get(group, {}) for run in runs]
         spreads[group] = {}
-        for name in sorted({name for of_run in entries for name in of_run}, key=metric_order):
-            values = [of_run.get(name) for of_run in entries]
+        for name in sorted({name for entry in entries for name in entry}, key=metric_order):
+            values = [entry.get(name) for entry in entries]
             # The texts of baselines are listed, because texts have no mean.
             if any(isinstance(value, str) for value in values):
                 spreads[group][name] = values
@@ -205,7 +235,14 @@ def _spreads_by_length(rows: Sequence[Mapping[str, Any]]) -> dict[str, Spread]:
 def _groups(
     runs: Sequence[Run], stages: Spreads, titles: Mapping[str, str] | None = None, sign: bool = False
 ) -> list[dict[str, Any]]:
-    """Return the rows of each stage, or of each baseline with its title; values are signed if `sign`."""
+    """Return the tables of the report's page, one for each stage, baseline or difference, with a row for each metric.
+
+    Args:
+        runs: The runs.
+        stages: The spreads to show.
+        titles: Titles of tables by group, by default the name of the stage's kind.
+        sign: Whether to write means and values with their sign, as is usual for differences.
+    """
     results = {stage.name: stage for run in runs for stage in run.stages.values()}
     groups = []
     for group, metrics in stages.items():
@@ -224,7 +261,10 @@ def _groups(
 
 
 def _row(label: str, entry: Spread, show: Callable[..., str]) -> dict[str, Any]:
-    """Return a row of a table: the parts of a spread, as text."""
+    """Return a row of a table: mean, standard deviation, interval ("" if none) and values of a spread, as text.
+
+    `show` formats a number, or None.
+    """
     return {
         "label": label,
         "aim": False,

@@ -1,4 +1,7 @@
-"""metrics.json: every metric of a run, for scripts."""
+"""metrics.json: every metric of a run, for scripts.
+
+`summarise` returns its content. The HTML and the Markdown of the report show the same numbers.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -72,6 +75,7 @@ def summarise(run: Run, changes: Sequence[Difference], targets: Sequence[Target]
 
 
 def _to_json(metrics: Mapping[str, Estimate]) -> dict[str, Any]:
+    """Return the JSON of each estimate."""
     return {metric: estimate.to_json() for metric, estimate in metrics.items()}
 
 
@@ -92,7 +96,7 @@ def _stages(run: Run) -> dict[str, dict[str, Any]]:
 
 
 def _named_evaluations(run: Run) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return the estimates of the evaluations with a name, by that name, stage and metric."""
+    """Return the estimates of the named evaluations, by name, stage and metric."""
     entries: dict[str, dict[str, dict[str, Any]]] = {}
     for name, stages in run.named_evaluations.items():
         entries[name] = {stage: _to_json(metrics) for stage, metrics in stages.items()}
@@ -100,7 +104,7 @@ def _named_evaluations(run: Run) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def _descriptions(run: Run) -> dict[str, dict[str, str]]:
-    """Return what a reader of metrics.json has to know about each metric of the stages."""
+    """Return the label, the better direction and the data of each metric that a stage has."""
     entries = {}
     for stage in run.stages.values():
         for name in stage.metrics:
@@ -110,7 +114,10 @@ def _descriptions(run: Run) -> dict[str, dict[str, str]]:
 
 
 def _alarms(run: Run) -> list[dict[str, Any]]:
-    """Return the alarms of training, which trainers log as `alarm/<what>`."""
+    """Return the alarms of training, such as {"stage": "3_ppo", "step": 40, "what": "kl", "value": 31.5}.
+
+    Trainers log them as `alarm/<what>`.
+    """
     alarms = []
     for stage in run.stages.values():
         keys = dict.fromkeys(key for record in stage.history for key in record if key.startswith("alarm/"))
@@ -133,7 +140,7 @@ def _change_to_json(change: Difference) -> dict[str, Any]:
 
 
 def by_length(stage: StageResult) -> dict[str, Estimate]:
-    """Return pass@1 by the length of the problems, if the data have lengths."""
+    """Return pass@1 by the length of the problems (a number of steps), as text; {} if the data have no lengths."""
     values: dict[int, list[float]] = {}
     for example in stage.examples:
         if example["metric"] == "pass@1" and "length" in example:
@@ -142,7 +149,10 @@ def by_length(stage: StageResult) -> dict[str, Estimate]:
 
 
 def seconds(run: Run) -> dict[str, float]:
-    """Return the seconds of each step from the record, or of training from the log of the stage."""
+    """Return the seconds of each step.
+
+    They are in run.json. For a stage that was not trained by `run`, they are in its training log.
+    """
     durations = recorded(run, "seconds")
     for name, stage in run.stages.items():
         runtime = last_logged(stage, "train_runtime")
@@ -152,12 +162,14 @@ def seconds(run: Run) -> dict[str, float]:
 
 
 def recorded(run: Run, key: str) -> dict[str, float]:
-    """Return a number from each step's record that has it, by the name of the stage's directory or of the step."""
+    """Return the number that run.json records under `key` for each step, such as its "seconds".
+
+    A training step is named by the directory of its stage, another one by its own name. Steps without the number are
+    omitted, and so is the report, which cannot measure itself.
+    """
     numbers: dict[str, float] = {}
     for name, step in run.steps.items():
-        # The report cannot measure itself.
         if name != "report" and step.get(key) is not None:
-            # A stage's directory may be named differently from its step.
             directory = Path(str(step.get("values", {}).get("output_dir"))).name
             numbers[directory if directory in run.stages else name] = float(step[key])
     return numbers
@@ -166,8 +178,8 @@ def recorded(run: Run, key: str) -> dict[str, float]:
 def training_cost(stage: StageResult) -> tuple[float | None, float | None]:
     """Return the number of tokens that the stage trained on and its floating-point operations, None where unknown.
 
-    The operations are 6 x active parameters x tokens (forward and backward; Kaplan et al. 2020). If no tokens were
-    logged, or an adapter was saved without its base's weights, they are what the trainer counted.
+    The operations are 6 x active parameters x tokens (forward and backward; Kaplan et al. 2020). If the tokens or the
+    parameters are unknown, as for an adapter, whose base model is elsewhere, they are the trainer's own count.
     """
     # TRL's trainers log `num_tokens`; others count the tokens of their inputs.
     tokens = last_logged(stage, "num_tokens") or last_logged(stage, "num_input_tokens_seen")

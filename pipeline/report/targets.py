@@ -1,4 +1,8 @@
-"""Targets: the metrics that a recipe promises, and whether a run meets them."""
+"""Targets: bounds on metrics that a recipe promises, and whether a run meets them.
+
+- {stage: 4_grpo, metric: pass@1, at_least: 0.6}
+- {stage: 4_grpo, metric: pass@1, against: 2_sft, at_least: 0.1}      # by at least 0.1 better than 2_sft
+"""
 
 import math
 from collections.abc import Sequence
@@ -9,6 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from pipeline.errors import Problem, UserError, refuse
+from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.metric_info import metric_info
 from pipeline.report.differences import Difference
 from pipeline.report.load import Run
@@ -22,7 +27,18 @@ ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Target:
-    """A bound on one metric of a stage or a baseline; templates/targets.yaml says what the fields mean."""
+    """A bound on one metric of a stage or a baseline.
+
+    Attributes:
+        stage: Name of the stage or baseline.
+        metric: Name of the metric.
+        at_least: Lower bound, None for none.
+        at_most: Upper bound, None for none.
+        against: Stage or baseline that `stage` is compared with; None bounds the metric itself.
+        how: What is bounded if there is an `against`: the difference, the ratio, or the lower end of the interval of
+            the paired difference.
+        lower_end: Whether to bound the lower end of the metric's interval, if there is no `against`.
+    """
 
     stage: str
     metric: str
@@ -69,22 +85,33 @@ def load_targets(path: str | Path | None = None) -> list[Target]:
         try:
             targets.append(Target(**entry))
         except (TypeError, ValueError) as error:
-            # The error may be "Target.__init__() got an unexpected keyword argument 'atleast'".
+            # The error may be "Target.__init__() got an unexpected keyword argument 'atleast'", whose beginning says
+            # nothing to a user.
             problems.append(Problem("--targets", f"{file}, entry {index}", str(error).rpartition("() ")[2]))
     refuse(*problems)
     return targets
 
 
 def is_pocket(run: Run) -> bool:
-    """Return whether the targets of recipes/pocket apply: not to a miniature, nor to another recipe."""
+    """Return whether the targets of recipes/pocket apply: not to a miniature, nor to another recipe.
+
+    They also apply if the recipe was not recorded.
+    """
     recipe = run.record.get("recipe")
     return not run.is_smoke and (not isinstance(recipe, str) or Path(recipe).name == "pocket")
 
 
 def check_targets(run: Run, changes: Sequence[Difference], targets: Sequence[Target]) -> list[dict[str, Any]]:
-    """Return `{"promise", "measured", "kept"}` of each target, in order, except for what the run did not measure.
+    """Check which targets a run meets.
 
-    `changes` are the differences of the run.
+    Args:
+        run: The run.
+        changes: Its differences between stages.
+        targets: The targets.
+
+    Returns:
+        For each target that the run measured, in order: the target in words (`promise`), the value (`measured`), and
+        whether it is within the bounds (`kept`).
     """
     results = []
     for target in targets:
@@ -98,22 +125,28 @@ def check_targets(run: Run, changes: Sequence[Difference], targets: Sequence[Tar
 
 def _measure(run: Run, changes: Sequence[Difference], target: Target) -> float | None:
     """Return the value that a target bounds, None if the run did not measure it."""
-    results = {**run.baselines, **run.stages}
-    estimates = []
-    for name in (target.stage, target.against or target.stage):
-        if name not in results or target.metric not in results[name].metrics:
-            return None
-        estimates.append(results[name].metrics[target.metric])
-    estimate, other = estimates
-    if target.against and target.how == "ratio":
-        return estimate.value / other.value if other.value else None
-    if target.against and target.how == "difference":
-        return estimate.value - other.value
-    if target.against:
-        # The lower end of the interval of the paired difference.
-        pair = (target.stage, target.against, target.metric)
-        for change in changes:
-            if (change.stage, change.reference, change.metric) == pair:
-                return change.change.low
+    estimate = _find_estimate(run, target.stage, target.metric)
+    if estimate is None:
         return None
-    return estimate.low if target.lower_end else estimate.value
+    if not target.against:
+        return estimate.low if target.lower_end else estimate.value
+    reference = _find_estimate(run, target.against, target.metric)
+    if reference is None:
+        return None
+    if target.how == "ratio":
+        return estimate.value / reference.value if reference.value else None
+    if target.how == "difference":
+        return estimate.value - reference.value
+    # The lower end of the interval of the paired difference.
+    for change in changes:
+        if (change.stage, change.reference, change.metric) == (target.stage, target.against, target.metric):
+            return change.change.low
+    return None
+
+
+def _find_estimate(run: Run, name: str, metric: str) -> Estimate | None:
+    """Return a metric of a stage or baseline, None if it was not measured."""
+    result = run.stages.get(name) or run.baselines.get(name)
+    if result is None:
+        return None
+    return result.metrics.get(metric)

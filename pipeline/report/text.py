@@ -9,14 +9,17 @@ from pipeline.progress import time_in_words
 
 SHOWN_CHARACTERS = 700
 """Longer texts are truncated for display; the files on disk have them in full."""
+# The following patterns match what Markdown would interpret, and `markdown` therefore escapes.
 _LINK = re.compile(r"((?:https?|ftp)(?=://)|www(?=\.))([:.])", re.IGNORECASE)
-"""Addresses that GitHub turns into links."""
+"""The beginning of an address, "https:" or "www.", which GitHub turns into a link."""
 _INLINE = re.compile(r"[\\`|\[~$]|(?<!\s)\*|\*(?!\s)|(?<![^\W_])_+|_+(?![^\W_])")
-"""What Markdown interprets anywhere: no `_` within a word, such as 2_sft, and no `*` between spaces."""
+"""What Markdown interprets anywhere in a line. Neither `_` within a word (2_sft) nor `*` between spaces is."""
 _BLOCK = re.compile(r"^(?:[-+*#](?=[\s#-]|$)|>|=+$|\d{1,9}(?=[.)](?:\s|$)))")
-"""What it interprets at the beginning of a line: items of lists, headings, quotes, lines that underline."""
+"""What Markdown interprets at the beginning of a line: list items, headings, quotes, and lines that underline."""
 _ENTITY = re.compile(r"&(?=#?\w+;)")
+"""The "&" of a character reference, such as "&amp;" or "&#38;"."""
 _TAG = re.compile(r"<(?=[a-z/!?])", re.IGNORECASE)
+"""The "<" of an HTML tag or comment."""
 
 
 def visible(text: str, limit: int = SHOWN_CHARACTERS) -> str:
@@ -53,9 +56,12 @@ def markdown(text: str, limit: int = SHOWN_CHARACTERS) -> str:
 
     Only what Markdown would interpret is escaped, so that the line can be read in a terminal as well.
     """
-    line = _TAG.sub("&lt;", _ENTITY.sub("&amp;", visible(text, limit).strip()))
+    line = visible(text, limit).strip()
+    line = _TAG.sub("&lt;", _ENTITY.sub("&amp;", line))
     line = _INLINE.sub(lambda match: "".join(f"\\{sign}" for sign in match[0]), line)
+    # "https\://" is shown as "https://", but is no link.
     line = _LINK.sub(r"\1\\\2", line)
+    # A backslash goes before a sign, but after the digits of "1.", where it escapes the full stop.
     line = _BLOCK.sub(lambda match: f"{match[0]}\\" if match[0].isdigit() else f"\\{match[0]}", line)
     return line.replace("\n", "<br>").replace("\t", " ").strip()
 

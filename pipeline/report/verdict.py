@@ -1,4 +1,11 @@
-"""The verdict on a run: what did not work, according to its metrics, and what to do about it."""
+"""The verdict on a run: what did not work, according to its metrics, and what to do about it.
+
+Each stage is judged by its main aim, the first metric of its kind's `aims` that was measured. The report then shows:
+
+    find_failures   what did not work, such as a main aim without a significant gain or data that were mostly dropped
+    find_unjudged   stages that cannot be judged, because they or what they started from were not measured
+    conclude        both in one line
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,10 +17,10 @@ from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.metric_info import metric_info
 from pipeline.evaluation.results import StageResult, copies_in
 from pipeline.report.curves import logged
-from pipeline.report.differences import judge, paired
-from pipeline.report.load import EVALUATE, Run, main_aim, stage_info, stage_order
+from pipeline.report.differences import judge_change, paired_difference
+from pipeline.report.load import EVALUATE, Run, main_aim, stage_info
 from pipeline.report.text import counted, interval, number, signed
-from pipeline.stages import HELD_OUT, SMOKE
+from pipeline.stages import HELD_OUT, SMOKE, stage_order
 
 MAX_LOST = 0.1
 """Share of a data set's rows that may be cut, dropped or copies of training rows."""
@@ -21,9 +28,14 @@ CHANCE = 0.5
 """Accuracy and win rate of a random guess."""
 MIN_STOP_RATE = 0.5
 """Below it, most answers run into the limit (`MAX_CUT_OFF` of rl.alarms)."""
+MAX_EQUAL_GROUPS = 0.95
+"""Little is learned if the rewards within 19 of 20 groups are equal."""
+MIN_REWARD_DEVIATION = 1e-3
+"""Rewards with a smaller standard deviation count as equal."""
+TOO_FEW = "was not judged (too few examples for an interval)"
 ENVIRONMENT = "environment_reward"
-"""The metric of what an environment pays."""
-NUMBERS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten")
+"""The metric of the reward that an environment returns for an episode."""
+NUMBER_WORDS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten")
 
 
 @dataclass(frozen=True)
@@ -52,9 +64,10 @@ class Judgement:
 
     Attributes:
         stage: The stage.
-        aim: The metric, None if none of its aims was measured.
-        gained: Whether it is better, None if it could not be compared.
-        what: Why it could not be compared, and otherwise the values of both sides.
+        aim: Its main aim, a metric; None if none of its aims was measured.
+        gained: Whether the stage is significantly better than what it started from. None if that is unknown.
+        what: If `gained` is None, why it is unknown, as a predicate: "was not measured". Otherwise the values, for a
+            finding that says that nothing was gained: "pass@1 went from 0.500 (3_ppo) to 0.480, no significant gain".
     """
 
     stage: StageResult
@@ -81,7 +94,7 @@ def find_failures(run: Run) -> list[Finding]:
 
 
 def verdict_content(run: Run, findings: Sequence[Finding]) -> dict[str, Any]:
-    """Return what verdict.html.jinja shows; `findings` are what `find_failures` returned."""
+    """Return the content of verdict.html.jinja; `findings` are the failures from `find_failures`."""
     unjudged = find_unjudged(run)
     return {
         "verdict": list(map(str, findings)),
@@ -93,7 +106,10 @@ def verdict_content(run: Run, findings: Sequence[Finding]) -> dict[str, Any]:
 
 
 def conclude(run: Run, findings: Sequence[Finding]) -> str:
-    """Return the verdict in one line: what failed, what a successful run reached, or that it is a miniature."""
+    """Return the verdict in one line: that the run is a miniature, which stages failed, or else what was gained.
+
+    What could not be judged follows the gains. The line is "" for a run without any stage to judge.
+    """
     if run.is_smoke:
         return f"{run.record.get('recipe') or run.name}, {SMOKE}"
     if findings:
@@ -110,7 +126,12 @@ def conclude(run: Run, findings: Sequence[Finding]) -> str:
 
 
 def _subject(gained: int, stages: int) -> str:
-    """Return "All four stages did what they are", "Three of four stages did what they are" and the like."""
+    """Return "All four stages did what they are", "Three of four stages did what they are" and the like.
+
+    Args:
+        gained: How many stages gained in their main aim.
+        stages: How many stages there are.
+    """
     if gained < stages:
         verb = "it is" if gained == 1 else "they are"
         return f"{_number_word(gained)} of {_number_word(stages).lower()} stages did what {verb}"
@@ -122,22 +143,26 @@ def _subject(gained: int, stages: int) -> str:
 
 
 def _number_word(number: int) -> str:
-    return NUMBERS[number] if number < len(NUMBERS) else str(number)
+    """Return "Four" for 4, and digits from 11 on."""
+    return NUMBER_WORDS[number] if number < len(NUMBER_WORDS) else str(number)
 
 
 def _judged_stages(run: Run) -> list[StageResult]:
-    """Return the stages that are to be judged: all that have an aim, also if only the record names them."""
+    """Return the stages that are to be judged, in the order of training: those whose kind has an aim.
+
+    These include stages without a file of results, which only run.json names, so that they are reported as unmeasured.
+    """
     stages = [stage for stage in run.stages.values() if stage.name not in run.other_architectures]
     steps = {run.directory_of(step): step for step in run.steps if not step.startswith(EVALUATE)}
-    for name, step in steps.items():
-        if name not in run.stages:
-            stages.append(StageResult(name, written_by=step))
+    for directory, step in steps.items():
+        if directory not in run.stages:
+            stages.append(StageResult(directory, written_by=step))
     stages = [stage for stage in stages if stage_info(stage).aims]
     return sorted(stages, key=lambda stage: stage_order(stage.name))
 
 
 def find_unjudged(run: Run) -> list[str]:
-    """Return a line for each stage that was not measured or not compared, and for each missing comparison."""
+    """Return a line for each stage that could not be judged, and for each baseline without a common example."""
     if run.is_smoke:
         return []
     lines = []
@@ -149,42 +174,58 @@ def find_unjudged(run: Run) -> list[str]:
             continue
         for baseline in run.baselines_to_beat:
             shared = [name for name in stage_info(stage).aims if name in stage.metrics and name in baseline.metrics]
-            if any(paired(baseline.outcomes(name), stage.outcomes(name), name) is None for name in shared):
+            if any(paired_difference(baseline.outcomes(name), stage.outcomes(name), name) is None for name in shared):
                 lines.append(f"{stage.name} was not compared with {baseline.name} (they have no example in common)")
     return lines
 
 
 def judge_stage(run: Run, stage: StageResult) -> Judgement:
-    """Judge a stage by its main aim: a reward model against chance, another one against what it started from."""
+    """Judge a stage by its main aim.
+
+    A reward model is compared with chance. So is a win rate against the stage's own start. Any other stage is compared
+    with the stage that it started from.
+    """
     aim = main_aim(stage)
     if aim is None:
         labels = [metric_info(name).label for name in stage_info(stage).aims]
         what = f"was not measured in its aim ({labels[0]})" if stage.metrics else "was not measured"
         return Judgement(stage, None, None, what)
-    info = metric_info(aim)
+    starts = [run.start_of(stage)]
+    parent = run.parent_stage(stage)
+    if parent is not None:
+        starts.append(parent.name)
+    is_win_rate_against_start = aim == "win_rate" and run.against in starts
+    if is_win_rate_against_start or not stage_info(stage).generates:
+        return _judge_against_chance(run, stage, aim)
+    return _judge_against_parent(run, stage, aim)
+
+
+def _judge_against_chance(run: Run, stage: StageResult, aim: str) -> Judgement:
+    """Judge a stage by whether a share, its accuracy or win rate, is significantly above one half."""
     estimate = stage.metrics[aim]
+    if estimate.low is None:
+        return Judgement(stage, aim, None, TOO_FEW)
+    what = f"{_label(aim)} against {run.against} is {_with_interval(aim, estimate)}, which does not exclude one half"
+    return Judgement(stage, aim, estimate.low > CHANCE, what)
+
+
+def _judge_against_parent(run: Run, stage: StageResult, aim: str) -> Judgement:
+    """Judge a stage by whether it is significantly better in `aim` than the stage that it started from."""
     start = run.start_of(stage)
     parent = run.parent_stage(stage)
-    few = "was not judged (too few examples for an interval)"
-    starts = [start] if parent is None else [start, parent.name]
-    is_match = aim == "win_rate" and run.against in starts
-    if is_match or not stage_info(stage).generates:
-        # One half would be chance, or an opponent that is as good.
-        if estimate.low is None:
-            return Judgement(stage, aim, None, few)
-        what = f"{_label(aim)} against {run.against} is {_with_interval(aim, estimate)}"
-        return Judgement(stage, aim, estimate.low > CHANCE, f"{what}, which does not exclude one half")
+    label = metric_info(aim).label
     if parent is None:
         return Judgement(stage, aim, None, f"was not compared ({start or 'what it started from'} was not measured)")
     if aim not in parent.metrics:
-        return Judgement(stage, aim, None, f"was not compared ({start} was not measured in {info.label})")
-    change = paired(parent.outcomes(aim), stage.outcomes(aim), aim)
+        return Judgement(stage, aim, None, f"was not compared ({start} was not measured in {label})")
+    change = paired_difference(parent.outcomes(aim), stage.outcomes(aim), aim)
     if change is None:
-        what = f"was not compared with {parent.name} (they have no example of {info.label} in common)"
+        what = f"was not compared with {parent.name} (they have no example of {label} in common)"
         return Judgement(stage, aim, None, what)
     if change.low is None:
-        return Judgement(stage, aim, None, few)
-    return Judgement(stage, aim, judge(aim, change) == "better", _describe_change(aim, parent, stage, change))
+        return Judgement(stage, aim, None, TOO_FEW)
+    is_better = judge_change(aim, change) == "better"
+    return Judgement(stage, aim, is_better, _describe_change(aim, parent, stage, change))
 
 
 def _label(metric: str) -> str:
@@ -198,13 +239,13 @@ def _describe_change(metric: str, start: StageResult, stage: StageResult, change
     digits = metric_info(metric).digits
     was = number(start.metrics[metric].value, digits)
     now = number(stage.metrics[metric].value, digits)
-    verdict = "a loss" if judge(metric, change) == "worse" else "no significant gain"
+    verdict = "a loss" if judge_change(metric, change) == "worse" else "no significant gain"
     difference = f"{signed(change.value, digits)}, {_interval_and_n(metric, change, sign=True)}"
     return f"{_label(metric)} went from {was} ({start.name}) to {now}, {verdict} ({difference})"
 
 
 def _interval_and_n(metric: str, estimate: Estimate, sign: bool = False) -> str:
-    """Return "0.315 to 0.685, n = 24", or as much of it as is known."""
+    """Return "0.315 to 0.685, n = 24", without what the estimate lacks; the ends are signed if `sign`."""
     parts = []
     ends = interval(estimate, metric_info(metric).digits, sign)
     if ends:
@@ -229,7 +270,7 @@ def _lost_rows(run: Run) -> Iterator[Finding]:
 
 
 def _copied_rows(run: Run) -> Iterator[Finding]:
-    """Find held-out data that the run trains on."""
+    """Find held-out data of which at least a tenth are also training rows of the run."""
     for key in HELD_OUT:
         # Several pairs may share a prompt, which does not say which answer is better.
         if key == "pairs":
@@ -237,13 +278,14 @@ def _copied_rows(run: Run) -> Iterator[Finding]:
         stages = [stage for stage in run.stages.values() if stage.overlap.get(key, {}).get("rows")]
         if not stages:
             continue
-        # The stage that these data are meant for, or else the last one that was measured on them.
+        # The finding is about the stage that these data are meant for, or else about the last one measured on them.
+        # The sort is stable and puts the former at the end.
         stages.sort(key=lambda stage: stage_info(stage).held_out == key)
         copies = stages[-1].overlap[key]
         share = copies["found"] / copies["rows"]
         if share >= MAX_LOST:
             remedy = (
-                "figures measured on them partly reflect memorisation: remove these rows from training "
+                "metrics measured on them partly reflect memorisation: remove these rows from training "
                 f"(`{as_typed('check-overlap')}` names them), or measure on other data (evaluate.yaml)"
             )
             what = f"{copies['found']:,} of {copies['rows']:,} held-out {key} are among the training rows"
@@ -251,7 +293,7 @@ def _copied_rows(run: Run) -> Iterator[Finding]:
 
 
 def _guesses(stage: StageResult) -> Iterator[Finding]:
-    """Find a reward model that may be guessing."""
+    """Find a reward model whose accuracy is not significantly above chance."""
     accuracy = stage.metrics.get("reward_accuracy")
     if accuracy is None or accuracy.low is None or accuracy.low > CHANCE:
         return
@@ -265,12 +307,14 @@ def _guesses(stage: StageResult) -> Iterator[Finding]:
 
 
 def _uninformative_rewards(stage: StageResult) -> Iterator[Finding]:
-    """Find rewards that are equal for all answers to a prompt, from which nothing is learned."""
+    """Find training in which the rewards of the answers to a prompt were nearly always equal, which teaches nothing.
+
+    GRPO logs in how many of its groups they are equal, PPO only the standard deviation of a batch's rewards.
+    """
     shares = [value for _, value in logged(stage, "frac_reward_zero_std")]
     rewards = [value for _, value in logged(stage, "reward")]
     deviations = [value for _, value in logged(stage, "reward_std")]
-    # If 19 of 20 groups have equal rewards, little is learned.
-    if shares and fmean(shares) >= 0.95:
+    if shares and fmean(shares) >= MAX_EQUAL_GROUPS:
         share = fmean(shares)
         what = f"in {share:.0%} of the groups all rewards were equal"
         if rewards:
@@ -280,14 +324,13 @@ def _uninformative_rewards(stage: StageResult) -> Iterator[Finding]:
             "raise num_generations, or start from a stage that solves some of them"
         )
         yield Finding(stage.name, what, share, remedy)
-    # PPO has no groups. Its rewards count as equal if they deviate by less than 0.001.
-    elif not shares and deviations and max(deviations) < 1e-3:
+    elif not shares and deviations and max(deviations) < MIN_REWARD_DEVIATION:
         remedy = "the reward does not distinguish answers: check it, and the reward model's accuracy"
         yield Finding(stage.name, "all rewards were equal", max(deviations), remedy)
 
 
 def _endless_answers(run: Run, stage: StageResult) -> Iterator[Finding]:
-    """Find a stage most of whose answers run into the limit, although those of its start did not."""
+    """Find a stage that learned not to end its answers: most run into the limit, unlike those of its parent."""
     rate = stage.metrics.get("stop_rate")
     if rate is None or rate.value >= MIN_STOP_RATE or not stage_info(stage).chats:
         return
@@ -304,23 +347,24 @@ def _endless_answers(run: Run, stage: StageResult) -> Iterator[Finding]:
 
 
 def _missed_aims(run: Run, stage: StageResult) -> Iterator[Finding]:
-    """Find a main aim that is not improved, rewards of an environment that fall, and baselines that are not beaten."""
+    """Find a main aim that did not improve, an environment's reward that fell, and baselines that were not beaten."""
     judgement = judge_stage(run, stage)
     aim = judgement.aim
     if aim is None:
         return
     estimate = stage.metrics[aim]
-    # An accuracy of 0 needs no comparison.
+    # If no answer is right, the stage gained nothing, whatever it started from.
     if judgement.gained is None and _is_share_to_raise(aim) and estimate.value == 0:
         judgement = replace(judgement, gained=False, what=f"{_label(aim)} is {_with_interval(aim, estimate)}")
     yield from _missed_main_aim(judgement, aim)
-    # What an environment pays is an aim next to right answers.
+    # If right answers are the main aim, the environment's reward is a second one.
     if aim != ENVIRONMENT:
         yield from _fallen_rewards(run, stage)
     yield from _unbeaten_baselines(run, judgement)
 
 
 def _is_share_to_raise(metric: str) -> bool:
+    """Return whether a metric is a share, such as an accuracy, and better if higher."""
     info = metric_info(metric)
     return info.share and info.better == "up"
 
@@ -330,40 +374,45 @@ def _missed_main_aim(judgement: Judgement, aim: str) -> Iterator[Finding]:
     stage = judgement.stage
     estimate = stage.metrics[aim]
     remedy = stage_info(stage).remedy
-    most = estimate.value if estimate.high is None else estimate.high
+    upper_end = estimate.value if estimate.high is None else estimate.high
     if judgement.gained is False:
         yield Finding(stage.name, judgement.what, estimate.value, remedy)
     # With fewer than a tenth right, the next stage has little to start from, whatever this one gained.
-    elif aim != "win_rate" and _is_share_to_raise(aim) and most < 0.1:
+    elif aim != "win_rate" and _is_share_to_raise(aim) and upper_end < 0.1:
         what = f"{_label(aim)} is {_with_interval(aim, estimate)}: nearly all answers are wrong"
         yield Finding(stage.name, what, estimate.value, remedy)
 
 
 def _fallen_rewards(run: Run, stage: StageResult) -> Iterator[Finding]:
-    """Find an environment whose rewards are lower than before the stage."""
+    """Find an environment whose reward is significantly lower than in the stage's parent."""
     parent = run.parent_stage(stage)
     if parent is None or ENVIRONMENT not in parent.metrics or ENVIRONMENT not in stage.metrics:
         return
-    change = paired(parent.outcomes(ENVIRONMENT), stage.outcomes(ENVIRONMENT), ENVIRONMENT)
-    if change is not None and judge(ENVIRONMENT, change) == "worse":
+    change = paired_difference(parent.outcomes(ENVIRONMENT), stage.outcomes(ENVIRONMENT), ENVIRONMENT)
+    if change is not None and judge_change(ENVIRONMENT, change) == "worse":
         what = _describe_change(ENVIRONMENT, parent, stage, change)
         yield Finding(stage.name, what, stage.metrics[ENVIRONMENT].value, stage_info(stage).remedy)
 
 
 def _unbeaten_baselines(run: Run, judgement: Judgement) -> Iterator[Finding]:
-    """Find baselines that are better than a stage in one of its aims, or as good although the stage gained."""
+    """Find baselines, such as the untrained model, that a stage does not beat in one of its aims.
+
+    A baseline that is as good is only reported if the stage gained or was not compared. Otherwise its missing gain is
+    reported already.
+    """
     stage = judgement.stage
     for baseline in run.baselines_to_beat:
         for metric in stage_info(stage).aims:
-            change = paired(baseline.outcomes(metric), stage.outcomes(metric), metric)
+            change = paired_difference(baseline.outcomes(metric), stage.outcomes(metric), metric)
             if change is None:
                 continue
-            verdict = judge(metric, change)
-            # A stage that gained nothing is not reported again for each baseline.
+            verdict = judge_change(metric, change)
             is_equal = verdict == "same" and judgement.gained is not False and metric_info(metric).better
             if verdict == "worse" or is_equal:
-                figure = _with_interval(metric, stage.metrics[metric])
-                bar = f"{_with_interval(metric, baseline.metrics[metric])} without training"
-                what = f"{metric_info(metric).label.lower()} is {figure}, not better than {bar}"
-                what += f" ({run.baseline_title(baseline)})"
+                reached = _with_interval(metric, stage.metrics[metric])
+                untrained = _with_interval(metric, baseline.metrics[metric])
+                what = (
+                    f"{metric_info(metric).label.lower()} is {reached}, not better than {untrained} without training "
+                    f"({run.baseline_title(baseline)})"
+                )
                 yield Finding(stage.name, what, stage.metrics[metric].value, stage_info(stage).remedy)

@@ -62,6 +62,7 @@ _ABBREVIATION = re.compile(
     r"^(?:[A-Z]\.\s?){2,}(?=[A-Z](?:[a-z]|\b))|\b(?:Dr|Mrs?|Ms|St|Mt|Ft|Prof|Sgt|Capt|Rev)\.(?=\s[A-Z])"
     r"|\.{2,}(?=\s*\S)|\b(?:Rs|No|Vol|approx|ca)\.(?=\s?\d)|\b(?:sq|cu|approx|i\.e|e\.g)\.(?=[\s,]*[a-z])"
 )
+# "Or", after any punctuation.
 _RETRACTION = re.compile(r"[\W_]*[Oo]r\b")
 # A sentence that begins with "Or" belongs to the one before, and takes back its answer: "B. Or C.".
 _SENTENCE_END = re.compile(
@@ -80,13 +81,15 @@ HEDGE = re.compile(
 )
 """Words that offer another answer, or take one back."""
 _ROUNDED = re.compile(r"\(?(?:about|approximately|approx\.?|roughly|≈|\\approx)", re.IGNORECASE)
-# Words, or an equation; "20 - x" and "2 (x + 1)" go on calculating.
+# Explanations are words, or an equation. What follows a value in "20 - x" and "2 (x + 1)" is neither.
 _EXPLANATION = re.compile(
     r"[(\[]?(?:[^\W\d_]{2,}|an?|i\.e\.),?\s+\S|\([^\W\d_-]{3,}|[(\[]?\d[^()]*(?:[×*·÷=]|\s[^\W\d_]{3,}\b)"
 )
 # A word or two and a number, as in "20, then 21".
 _ANOTHER = re.compile(r"\W*(?:[^\W\d_]+\W+){1,2}\d[\d.,/]*\W*$")
+# A formula or code on lines of its own, whose content is the answer.
 _BLOCK = re.compile(r"(?:\\\[(.*?)\\\]|\$\$(.*?)\$\$|```\w*\n(.*?)```)[.\s]*(?:\n|\Z)", re.DOTALL)
+# An answer in mathematics delimiters, quotes, underscores, backquotes, or a LaTeX command such as \text{…}.
 _WRAPPED = re.compile(
     r"^(?:\$\$?(.*?)\$\$?|\\\((.*)\\\)|\\\[(.*)\\\]|__(.*)__|_([^_]*)_|\"(.*)\"|“(.*)”|'(.*)'|`(.*)`"
     r"|‘(.*)’|\\(?:text(?:bf|rm|it)?|math(?:bf|rm|it)|mbox|boxed|fbox)\s*\{([^{}]*)\})$",
@@ -94,6 +97,7 @@ _WRAPPED = re.compile(
 )
 _MINUS = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\uff0d", "-"))
 SUPERSCRIPTS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
+# Exponents of ten.
 _SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _INTEGER = r"[-+]?\s?\d[\d,]*"
 # Spellings of numbers in LaTeX and in plain text, and what `_NUMBER` reads instead, in this order.
@@ -144,12 +148,14 @@ _SPELLINGS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     ),
 ]
 _BRACKETS = re.compile(r"\((.*)\)|\[(.*)\]|\{(.*)\}", re.DOTALL)
+# Only digits and signs of arithmetic, as in "2 + 3".
 _ARITHMETIC = re.compile(r"(?:[\d\s.,+\-*/×÷·()$]|\\times|\\cdot|\\div)+")
 # Forms of names of quantities: x, f(3), S_{12}, \angle ABC, m + n. An equation for "2x" is not a solution.
 _NAME = re.compile(
     r"\\(?:text|mathrm|angle|overline|alpha|beta|gamma|theta|lambda|mu|phi|varphi|omega|Delta)(?![A-Za-z])|\|[A-Z]{2}\|"
     r"|(?!(?:ln|log|sin|cos|tan|exp|sqrt|abs)\b)[A-Za-z]+(?:\([^()]*\))?|_\{?\w+\}?|[{}+\s]"
 )
+# Sign, currency, a number ("1,234.5", "3/4", "1 3/4"), currency or per cent, and up to five words as its unit.
 _NUMBER = re.compile(
     r"(?P<sign>[-+]?)\s?(?:USD?|EUR|CHF|GBP|INR|Rs\.?)?\s?[$€£¥₹]?\s?(?P<inner_sign>-?)(?:(?P<mixed>\d+)\s+(?=\d+/))?"
     r"(?P<whole>[1-9]\d{0,2}(?:,\d{3})+|\d*)(?P<decimals>\.\d+)?(?:\s?/\s?(?P<divisor_sign>-?)(?P<divisor>\d+))?\s?[%$€£¢]?"
@@ -173,6 +179,7 @@ _UNIT_NAMES = {
     "l": "l liter liters litre litres", "$": "$ dollar dollars usd", "c": "cent cents ¢", "eur": "€ euro euros eur",
     "%": "%",
 }  # fmt: skip
+# The same by spelling: "minutes" -> "min".
 _UNITS = {name: unit for unit, names in _UNIT_NAMES.items() for name in names.split()}
 # Other words of up to three letters that can be units.
 _BRIEF_UNITS = {
@@ -206,7 +213,12 @@ def extract_answer(text: str) -> str | None:
 
 
 def _announced(text: str, announcements: list[re.Match[str]]) -> str | None:
-    """Return what the last of the `announcements` in a text announces, or None if that is unfinished or retracted."""
+    """Return what the last of `announcements` announces, or None if that is unfinished or retracted.
+
+    Args:
+        text: The text in which the announcements were found.
+        announcements: At least one match of `ANNOUNCEMENT`, in order.
+    """
     last = announcements[-1]
     rest = text[last.end() : last.end() + 2 * MAX_ANSWER_LENGTH]
     if last["leading"]:
@@ -253,7 +265,11 @@ def count_answers(text: str) -> int:
 
 
 def unwrap(answer: str) -> str:
-    """Remove white space, mathematics delimiters, emphasis, quotes and final punctuation around an answer."""
+    """Remove white space, mathematics delimiters, emphasis, quotes and final punctuation around an answer.
+
+    >>> unwrap("**$20$**.")
+    '20'
+    """
     previous = None
     while previous != answer:
         previous = answer
@@ -284,7 +300,11 @@ def number(answer: str, *, reduced: bool = False) -> Fraction | None:
 
 
 def _quantity(answer: str, reduced: bool) -> tuple[Fraction | None, str | None]:
-    """Return the value of a plain number, and its unit as `_UNITS` calls it; None for what it lacks."""
+    """Return the value of a plain number and its unit.
+
+    The value is None if the text is not a plain number. The unit is a key of `_UNIT_NAMES`, or None if there is none in
+    the text, or another one. `reduced` is explained at `number`.
+    """
     text = ascii_digits(unwrap(answer)).translate(_MINUS)
     if len(text) > 2 * MAX_DIGITS:
         return None, None
@@ -294,12 +314,14 @@ def _quantity(answer: str, reduced: bool) -> tuple[Fraction | None, str | None]:
     while (match := _BRACKETS.fullmatch(text)) and "," not in text:
         text = match[match.lastindex or 0].strip()
 
-    # "2/3 ≈ 0.67" is two thirds.
+    # Cut off a correctly rounded value: "2/3 ≈ 0.67" is two thirds.
     exact, *rounded = re.split(r"≈|\\approx(?![a-z])", text)
-    if len(rounded) == 1 and is_rounded(_plain(rounded[0].strip(), False), _plain(exact.strip(), reduced)):
-        text = exact
+    if len(rounded) == 1:
+        rounded_value = _plain_number(rounded[0].strip(), False)
+        if is_rounded(rounded_value, _plain_number(exact.strip(), reduced)):
+            text = exact
     *left_sides, right_side = re.split(r"=|≈|\\approx(?![a-z])", text)
-    value = _plain(right_side.strip(), reduced)
+    value = _plain_number(right_side.strip(), reduced)
     symbol = re.search(r"[$€¢%]|(?<=[\d\s])[A-Za-z]+", right_side)
     unit = None
     if symbol:
@@ -315,22 +337,34 @@ def _quantity(answer: str, reduced: bool) -> tuple[Fraction | None, str | None]:
 
 
 def _is_calculation(side: str, value: Fraction) -> bool:
-    """Return whether the left side of an equation is arithmetic, and not another number than its `value`."""
-    return _ARITHMETIC.fullmatch(side) is not None and _plain(side.strip(), False) in (None, value)
+    """Return whether the left side of an equation is a calculation ("2 + 3"), or the same number as its right side.
+
+    The calculation is not checked. `value` is the value of the right side.
+    """
+    if not _ARITHMETIC.fullmatch(side):
+        return False
+    side_value = _plain_number(side.strip(), False)
+    return side_value is None or side_value == value
 
 
 def is_name(side: str) -> bool:
-    """Return whether the left side of an equation names a quantity, so that the right side is its value."""
+    """Return whether the left side of an equation names a quantity ("x", "f(3)"), so that the right side is its value.
+
+    A phrase with a word of `HEDGE` and a side of more than 60 characters are not names.
+    """
     return len(side) <= 60 and not _NAME.sub("", side) and side.strip() != "" and not HEDGE.search(side)
 
 
 def is_rounded(rounded: Fraction | None, value: Fraction | None) -> bool:
-    """Return whether a number may be the rounded value of another one; False if either is None."""
+    """Return whether a number differs by at most 2% from `value`, as a rounded one; False if either is None."""
     return rounded is not None and value is not None and abs(rounded - value) <= abs(value) / 50
 
 
-def _plain(text: str, reduced: bool) -> Fraction | None:
-    """Return the value of a number with signs, currency and unit, or None if the text is anything else."""
+def _plain_number(text: str, reduced: bool) -> Fraction | None:
+    """Return the value of a number with signs, currency and unit, or None if the text is anything else.
+
+    With `reduced`, the value is None for fractions that are not in lowest terms.
+    """
     match = _NUMBER.fullmatch(text)
     if match is None or not (match["whole"] or match["decimals"]):
         return None
@@ -390,30 +424,48 @@ def same_answer(reference: str, answer: str) -> bool:
 def _without_explanation(answer: str) -> str:
     """Cut off an explanation, as in "20 (4 times 5)" or "20, which is even", but not the offer of another answer."""
     for match in islice(_EXPLAINED.finditer(answer[:MAX_ANSWER_LENGTH]), 20):
+        # In "20, which is even", the head is "20" and the tail is "which is even".
         head = answer[: match.start()]
         tail = answer[match.end() :]
         value = number(head)
-        # A number in the tail is another answer, unless it is the same one, or its rounded value.
-        restated = number(tail.strip("()[] "))
-        if "=" in tail:
-            is_restated = restated == value
-        else:
-            is_restated = bool(_ROUNDED.match(tail)) and (value is None or is_rounded(restated, value))
-        if HEDGE.search(tail) or (not is_restated and (restated is not None or _ANOTHER.match(tail))):
-            break
-        is_value = value is not None or re.search(r"\$$|\\\)$|\*\*$", head)
-        if (is_value or match["relative"] is not None) and _EXPLANATION.match(tail):
+        if HEDGE.search(tail) or _is_other_number(tail, value):
+            return answer
+        # The end of a formula or of bold text ends an answer, as a number does.
+        is_complete = value is not None or re.search(r"\$$|\\\)$|\*\*$", head)
+        is_relative_clause = match["relative"] is not None
+        if (is_complete or is_relative_clause) and _EXPLANATION.match(tail):
             return head
     return answer
 
 
-def _boxed(text: str, announcements: list[re.Match[str]]) -> str | None:
-    r"""Return what is in the last box, or in the box around it, so that `\boxed{1 or \boxed{2}}` is one answer.
+def _is_other_number(tail: str, value: Fraction | None) -> bool:
+    """Return whether `tail` states a number other than `value`, which precedes it: "21" or "then 21" after 20.
 
-    None if the braces of the last box are not closed within `MAX_ANSWER_LENGTH` characters.
+    A repetition ("= 20") and a rounded value ("about 0.67" after 2/3) are not other numbers. `value` is None if what
+    precedes the tail is not a number.
+    """
+    tail_value = number(tail.strip("()[] "))
+    if "=" in tail:
+        is_same = tail_value == value
+    else:
+        is_same = bool(_ROUNDED.match(tail)) and (value is None or is_rounded(tail_value, value))
+    if is_same:
+        return False
+    return tail_value is not None or _ANOTHER.match(tail) is not None
+
+
+def _boxed(text: str, announcements: list[re.Match[str]]) -> str | None:
+    r"""Return the content of the last box, or of the box around it: "1 or \boxed{2}" for `\boxed{1 or \boxed{2}}`.
+
+    Return None if the braces of the last box are not closed within `MAX_ANSWER_LENGTH` characters.
+
+    Args:
+        text: The text in which the announcements were found.
+        announcements: Matches of `ANNOUNCEMENT`, of which the last one is a box.
     """
     last = announcements[-1]
     answer = None
+    # The first box that reaches beyond the beginning of the last one is the outermost one around it, or the last one.
     for box in announcements[-4:]:
         rest = text[box.end() :][: MAX_ANSWER_LENGTH + 1]
         if box.group().endswith("{"):
@@ -429,7 +481,7 @@ def _boxed(text: str, announcements: list[re.Match[str]]) -> str | None:
 
 
 def _up_to_closing_brace(text: str) -> str | None:
-    """Return the text in front of the brace that closes one before it; None if it is not closed."""
+    """Return `text` up to the brace that closes the one which precedes `text`, or None if it is not closed."""
     depth = 1
     for index, letter in enumerate(text):
         if letter == "{":
@@ -442,7 +494,10 @@ def _up_to_closing_brace(text: str) -> str | None:
 
 
 def _power_of_ten(match: re.Match[str], exponent: int) -> str:
-    """Write a power of ten as a decimal number. Values below 100, which nobody writes like that, are left unchanged."""
+    """Return "1500000" for a match of "1.5 × 10^6", whose first group is "1.5".
+
+    Exponents between -1 and 1 are left unchanged, because nobody writes such numbers like that.
+    """
     if abs(exponent) < 2:
         return match[0]
     return format(Decimal(f"{match[1] or 1}e{exponent}"), "f")

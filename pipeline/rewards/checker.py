@@ -34,6 +34,7 @@ from pipeline.errors import RunStopped
 from pipeline.rewards.sandbox import confinement
 
 SECONDS = 2.0
+"""Limit of CPU time for a question."""
 PATIENCE_SECONDS = 30.0
 """Wall-clock limit for an answer. A machine that needs longer for `SECONDS` of CPU time is too busy for a verdict."""
 
@@ -64,6 +65,7 @@ class Checker:
 
         A reply is what the child's `judge` returns, `slow`, or None if the machine is too busy.
         """
+        # Questions that are not judged keep the reply `slow`.
         replies = dict.fromkeys(questions, self.slow)
         distinct = list(replies)
         number_slow = 0
@@ -71,8 +73,9 @@ class Checker:
             try:
                 replies[question] = self.ask(question)
             except TimeoutError:
-                # A busy machine has no verdict on this question, nor on those after it.
-                replies.update(dict.fromkeys(distinct[index:]))
+                # A busy machine has no verdict on this question, nor on the ones that follow.
+                for remaining in distinct[index:]:
+                    replies[remaining] = None
                 break
             except (EOFError, OSError):
                 number_slow += 1
@@ -137,6 +140,7 @@ def serve(judge: Callable[[Any], Any]) -> None:
     connection = Connection(int(sys.argv[1]))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory, contextlib.suppress(EOFError):
         os.chdir(directory)
+        # The child serves as long as this process lives, so only each question has a limit of time, below.
         confinement.limit_resources(10**6, memory_mb=2048)
         files_confined = confinement.confine_files(directory)
         confinement.drop_privileges(files_confined)

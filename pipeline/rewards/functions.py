@@ -20,18 +20,22 @@ from pipeline.rewards.grading import extract_code
 from pipeline.rewards.sandbox.run import run_many
 
 Completion = str | Sequence[dict[str, Any]]
+"""A text, or the messages of a conversation."""
 Rewards = list[float | None]
 
+# Only words, at least two letters each.
 _WORDS = re.compile(r"[^\W\d_]{2,}(?:\s+[^\W\d_]{2,})*")
+# What changes the look of a formula but not its meaning: \left, \, and $, and the first letter of \dfrac.
 _DELIMITERS = re.compile(r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\[,;:! ()\[\]]|\$|(?<=\\)[dtc](?=frac)")
 _POWER = re.compile(r"\^|\*\*|\d[eE][-+]?\d|[⁰¹²³⁴-⁹]")
 _PERCENT = re.compile(r"\s*(?:\\?%|\bper\s?cent(?:age)?s?\b)", re.IGNORECASE)
+# A choice, such as "B", "(b)" or "option B", and in the last group what follows it.
 _LETTER = re.compile(
     r"(?:option|choice|letter)?\s*(?:\(([a-z])\)|\[([a-z])\]|([a-z])\)?)"
     r"(?:(?:[.):,]|\s[—–-]\s|\s(?=\()|(?<=\))\s|\\\s)(.*))?",
     re.IGNORECASE | re.DOTALL,
 )
-# Another letter after the answer's, or a word that retracts it.
+# Another choice in what follows the first one, or a word that retracts it.
 _OTHER_LETTER = re.compile(
     r"(?<!\w)(?:[B-HJ-Z](?!\w|['’])|[AI](?!\w|['’]|\s+(?!is\b|and\b|or\b|too\b)[a-z]))|[(\[][a-z][)\]]|(?<!\w)[a-z]\)|^\W*[a-z](?:\W*$|\W*[,.:;/)])"
     r"|^\W*(?:[Oo]r|and|nor|not?|wrong|incorrect|maybe|is\s+(?:not|wrong))\b"
@@ -52,7 +56,8 @@ def math_answer(completions: Sequence[Completion], answer: Sequence[str], **colu
     """
     finals, references, problems = _read_answers(completions, answer, columns)
     rewards: Rewards = []
-    # Questions that a comparison as text or numbers leaves open, by row; without an answer, they test the reference.
+    # What a comparison as text or numbers leaves open, by row: arguments of `pipeline.rewards.math_judge.judge`. The
+    # answer is None if it is the same text, and only the question remains whether the reference can be read.
     questions: dict[int, tuple[str, str | None, bool]] = {}
     for index, (reference, final) in enumerate(zip(references, finals, strict=True)):
         if reference is None or _WORDS.fullmatch(answers.normalise_answer(reference)):
@@ -60,11 +65,11 @@ def math_answer(completions: Sequence[Completion], answer: Sequence[str], **colu
             continue
         is_copied = final is not None and _is_copied(final, problems[index])
         is_same = final is not None and answers.same_answer(reference, final)
-        # A power that the problem states is not solved by repeating it.
+        # "What is 2^5?" is not answered by "2^5".
         if is_same and is_copied and _POWER.search(final or ""):
             is_same = False
         rewards.append(float(is_same))
-        # If the reference is a plain number, the answer must be one, too: algebra would accept an unsolved sum.
+        # If the reference is a plain number, the comparison above is final: algebra would accept an unsolved sum.
         if answers.number(reference) is None:
             questions[index] = (reference, None if is_same else final, is_copied)
 
@@ -74,10 +79,10 @@ def math_answer(completions: Sequence[Completion], answer: Sequence[str], **colu
     for (index, (_, final, _)), verdict in zip(questions.items(), verdicts, strict=True):
         if final is not None and verdict is not None:
             rewards[index] = float(verdict)
-        # Nothing is learned from references that math-verify cannot parse, even if the answer is the same text.
+        # Nothing is learned from references that cannot be read, even if the answer is the same text.
         elif not verdict:
             rewards[index] = None
-    return _logged("math_answer", finals, rewards, columns)
+    return _log_unparseable("math_answer", finals, rewards, columns)
 
 
 def exact_answer(completions: Sequence[Completion], answer: Sequence[str], **columns: Any) -> Rewards:
@@ -92,7 +97,23 @@ def exact_answer(completions: Sequence[Completion], answer: Sequence[str], **col
             rewards.append(None)
         else:
             rewards.append(float(final is not None and answers.same_answer(reference, final)))
-    return _logged("exact_answer", finals, rewards, columns)
+    return _log_unparseable("exact_answer", finals, rewards, columns)
+
+
+def any_answer(completions: Sequence[Completion], answers: Sequence[Sequence[str]], **columns: Any) -> Rewards:
+    """Return 1.0 if the final answer is one of several right ones, in the column `answers`, as `exact_answer` compares.
+
+    The reward is None if all references are empty.
+    """
+    best: Rewards = [None] * len(completions)
+    columns.pop("answer", None)
+    for place in range(max(map(len, answers), default=0)):
+        # The rows' answers at this place; a row with fewer has none, and keeps its reward.
+        references = [texts[place] if place < len(texts) else "" for texts in answers]
+        for index, reward in enumerate(exact_answer(completions, references, **columns)):
+            if reward is not None:
+                best[index] = max(reward, best[index] or 0.0)
+    return best
 
 
 def choice(completions: Sequence[Completion], answer: Sequence[str], **columns: Any) -> Rewards:
@@ -109,21 +130,24 @@ def choice(completions: Sequence[Completion], answer: Sequence[str], **columns: 
             rewards.append(None)
         else:
             rewards.append(float(letter == reference))
-    return _logged("choice", letters, rewards, columns)
+    return _log_unparseable("choice", letters, rewards, columns)
 
 
 def answer_format(completions: Sequence[Completion], **columns: Any) -> Rewards:
-    """Return 1.0 if a completion states exactly one final answer, right or wrong; give this reward a low weight."""
+    """Return 1.0 if a completion states exactly one final answer, right or wrong.
+
+    Give this reward a low weight: it pays for wrong answers as well.
+    """
     texts, _ = read_texts(completions, columns)
     finals = [answers.extract_answer(text) for text in texts]
     rewards: Rewards = []
     for text, final in zip(texts, finals, strict=True):
         rewards.append(float(final is not None and answers.count_answers(text) == 1))
-    return _logged("answer_format", finals, rewards, columns)
+    return _log_unparseable("answer_format", finals, rewards, columns)
 
 
 def call_cost(completions: Sequence[Completion], call_cost: Sequence[float] | None = None, **columns: Any) -> Rewards:
-    """Return minus the cost of a completion's tool calls: `call_cost` per call, or 1 without that column."""
+    """Return a penalty for tool calls: minus their number, times the row's `call_cost` (1 without that column)."""
     costs = call_cost or [1.0] * len(completions)
     rewards: Rewards = []
     for completion, cost in zip(completions, costs, strict=True):
@@ -138,14 +162,14 @@ def call_cost(completions: Sequence[Completion], call_cost: Sequence[float] | No
 def code_tests(completions: Sequence[Completion], test: Sequence[str], **columns: Any) -> Rewards:
     """Return 1.0 if the code in a completion (its first fenced block, or all of it) passes its test in a sandbox.
 
-    `test` has Python assertions about what the code defines (see `pipeline.rewards.sandbox.run`). The reward is None if
-    they are empty or not valid Python, or if the machine is too busy.
+    `test` is Python code with assertions about what the answer's code defines (see `pipeline.rewards.sandbox.run`). The
+    reward is None if the test is empty or not valid Python, or if the machine is too busy.
     """
     texts, _ = read_texts(completions, columns)
-    codes = [_python(extract_code(text)) for text in texts]
-    tests = [_python(text) for text in test]
+    codes = [_valid_python(extract_code(text)) for text in texts]
+    tests = [_valid_python(text) for text in test]
     rewards: Rewards = [None if source is None else 0.0 for source in tests]
-    _logged("code_tests", codes, rewards, columns)
+    _log_unparseable("code_tests", codes, rewards, columns)
     # All pairs run in one batch, so that every core has work.
     pairs: dict[int, tuple[str, str]] = {}
     for index, (code, source) in enumerate(zip(codes, tests, strict=True)):
@@ -165,16 +189,16 @@ def reasoning_gym(
 ) -> Rewards:
     """Return the score, 0 to 1, that the verifier of reasoning-gym's task gives the final answer.
 
-    Only 1.0 means right: most verifiers pay a little for nearly right answers, or for any answer. If a verifier pays
-    nonsense in full, its rows score 0 (`pipeline.rewards.task_check`). Text between `<answer>` and `</answer>` is
-    judged verbatim, because verifiers know the format of answers. The reward is None if the task (`kind`) is unknown,
-    its `metadata` is not a JSON object, or the machine is too busy.
+    Only 1.0 means right: most verifiers pay a little for nearly right answers, or for any answer. If the verifier
+    of a row also gives 1.0 to nonsense, 1.0 is lowered to 0 (`pipeline.rewards.task_check`). Text between `<answer>`
+    and `</answer>` is judged verbatim, because the format of an answer may matter to its verifier. The reward is None
+    if the task (`kind`) is unknown, its `metadata` is not a JSON object, or the machine is too busy.
 
     Args:
         completions: As for all rewards.
-        answer: The task's own answers.
-        metadata: What the task knows about each problem, as JSON.
-        kind: Names of the tasks.
+        answer: The reference answers of reasoning-gym.
+        metadata: The `metadata` of each problem in reasoning-gym, as JSON, which its verifier needs.
+        kind: The name of each problem's task, such as "chain_sum".
         **columns: Further columns, of which `prompts` and `log_metric` are used.
     """
     texts, problems = read_texts(completions, columns)
@@ -184,11 +208,16 @@ def reasoning_gym(
     for score, final in zip(task_judge.ask_all(questions), finals, strict=True):
         # Some verifiers pay for empty answers.
         rewards.append(0.0 if score is not None and final is None else score)
-    return _logged("reasoning_gym", finals, rewards, columns)
+    return _log_unparseable("reasoning_gym", finals, rewards, columns)
 
 
 def _tagged(text: str, final: str | None) -> str | None:
-    """Return the final answer of a text verbatim if it is between its last tags: "<answer>'a'\\n'b'</answer>"."""
+    """Return the final answer of a text with its quotes and other wrapping, if it is between the last answer tags.
+
+    Args:
+        text: A text such as "<answer>'a'\\n'b'</answer>".
+        final: The final answer that `extract_answer` returned for it, which is returned without tags. None: no answer.
+    """
     tag = text.rfind("<answer>")
     if tag < 0:
         return final
@@ -197,7 +226,10 @@ def _tagged(text: str, final: str | None) -> str | None:
     if end < 0:
         return final
     verbatim = text[start:end].strip()
-    return verbatim if final == answers.unwrap(verbatim) else final
+    # Another announcement may follow the tags.
+    if final != answers.unwrap(verbatim):
+        return final
+    return verbatim
 
 
 def read_texts(completions: Sequence[Completion], columns: dict[str, Any]) -> tuple[list[str], list[str]]:
@@ -234,8 +266,11 @@ def _last_content(messages: Sequence[dict[str, Any]] | None) -> str:
 
 
 def _reference(text: object) -> str | None:
-    """Return the answer in a reference: the announced one, or else the whole text; None if it is empty."""
-    # YAML and JSON may have numbers.
+    """Return the answer in a reference: the announced one, or else the whole text.
+
+    Return None if the reference is empty, too long, or neither a text nor a number.
+    """
+    # In YAML and JSON, references may be numbers.
     if not isinstance(text, str | int | float) or isinstance(text, bool):
         return None
     announced = answers.extract_answer(str(text))
@@ -275,7 +310,7 @@ def _without_delimiters(text: str) -> str:
 
 
 def _letter(answer: str | None) -> str | None:
-    """Return the letter that an answer chooses, or None if it is not a single letter, or is retracted."""
+    """Return the letter that an answer chooses, in upper case; None if it is not a single letter, or is retracted."""
     answer = re.sub(r"\\(?:text(?:bf|rm|it)?|math(?:bf|rm))\s*\{([^{}]*)\}", r"\1", answer or "").replace("**", "")
     match = _LETTER.fullmatch(answer)
     if match is None or _OTHER_LETTER.search(match[4] or ""):
@@ -283,8 +318,8 @@ def _letter(answer: str | None) -> str | None:
     return (match[1] or match[2] or match[3]).upper()
 
 
-def _python(source: object) -> str | None:
-    """Return a source that is valid Python and not empty, or None."""
+def _valid_python(source: object) -> str | None:
+    """Return `source` if it is valid Python and not empty, or else None."""
     # Hostile source may make the parser raise any of these.
     with contextlib.suppress(SyntaxError, ValueError, MemoryError, RecursionError):
         if isinstance(source, str) and ast.parse(source) and source.strip():
@@ -292,8 +327,15 @@ def _python(source: object) -> str | None:
     return None
 
 
-def _logged(name: str, finals: Sequence[object], rewards: Rewards, columns: dict[str, Any]) -> Rewards:
-    """Log the shares of answers and of references that could not be read (None), and return the rewards."""
+def _log_unparseable(name: str, finals: Sequence[object], rewards: Rewards, columns: dict[str, Any]) -> Rewards:
+    """Log the shares of answers and of references that could not be read, and return `rewards`.
+
+    Args:
+        name: The name of the reward.
+        finals: The final answers, None for one that could not be read.
+        rewards: The rewards, None for a reference that could not be read.
+        columns: The reward's further arguments, of which TRL's `log_metric` is used if there is one.
+    """
     log_metric = columns.get("log_metric")
     if log_metric is not None and rewards:
         log_metric(f"{name}/unparseable", sum(final is None for final in finals) / len(finals))

@@ -1,4 +1,4 @@
-"""Graders decide whether answers are right. They are the rewards of training, where only a reward of 1 is right."""
+"""Graders decide whether answers are right. They use the rewards of training: only a reward of 1 means right."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,12 +8,13 @@ from pipeline.rewards.loading import call_reward, load_rewards
 
 Example = Mapping[str, Any]
 Grader = Callable[[Sequence[str], Sequence[Example]], list[bool]]
-"""Answers, and the rows that they answer -> whether each is right."""
+"""A function of answers, and of the row that belongs to each; it returns whether each answer is right."""
 
-GRADES = {"exact": "exact_answer", "math": "math_answer", "choice": "choice", "code": "code_tests"}
+GRADES = {"exact": "exact_answer", "any": "any_answer", "math": "math_answer", "choice": "choice", "code": "code_tests"}
 """Short names of rewards that grade answers, for `grade` in evaluate.yaml."""
-COMPARED = (None, "exact", "math", "choice", "reasoning_gym")
-"""Grades that only compare the final answer with the row's `answer`, so that samples can vote on it."""
+COMPARED = (None, "exact", "any", "math", "choice", "reasoning_gym")
+"""Values of `grade` that only compare final answers with the row's `answer`, so that a majority of samples can be
+taken. None is the default, `grade_rows`."""
 
 
 def grade_rows(answers: Sequence[str], rows: Sequence[Example]) -> list[bool]:

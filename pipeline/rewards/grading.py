@@ -47,7 +47,7 @@ def _is_list_of_texts(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-# An answer is compared with many phrases, and a phrase with many answers.
+# It is cached because an answer is compared with many phrases, and a phrase with many answers.
 @lru_cache(4096)
 def _fold(text: str) -> str:
     """Return a text in lower case, with single spaces and straight apostrophes."""
@@ -95,9 +95,10 @@ def grade(answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[boo
 
 def _is_right_text(answer: str, row: Mapping[str, Any]) -> bool:
     """Return whether an answer is correct by `require`, `reject` and `max_words`."""
-    words = len(answer.split())
-    longest = row.get("max_words") or words
-    if not 0 < words <= longest:
+    word_count = len(answer.split())
+    # 0 means no limit.
+    max_words = row.get("max_words") or word_count
+    if not 0 < word_count <= max_words:
         return False
     if _contains_any(answer, row.get("reject") or ()):
         return False

@@ -28,12 +28,12 @@ from pipeline.rewards.sandbox.run import validate_sandbox
 from pipeline.rewards.table import REWARDS
 
 MOVED = {"pipeline.rewards.functions:hidden_taste": "recipes.worlds.pocket.annotators:hidden_taste"}
-"""Functions of ours that YAML files and runs may name by an earlier place: that place -> the present one."""
+"""Built-in functions that have moved: the former path, which YAML files and runs may still name -> the present one."""
 TRAINER_OBJECTS = ("trainer_state", "environments", "log_extra", "log_metric")
-"""What trainers pass to rewards although it is not data."""
+"""Arguments that trainers pass to rewards in addition to data."""
 
 _trusted: frozenset[str] | None = None
-"""What files of a run may name although it is not ours; None while all names come from the user."""
+"""The user's functions that files of a run may name; None while all names come from the user."""
 
 
 @contextlib.contextmanager
@@ -52,7 +52,12 @@ def only_trusted(names: Collection[str]) -> Iterator[None]:
 
 
 def check_trust(name: str, field: str) -> None:
-    """Raise a `UserError` if a file of a folder, and not the user, names this code, or this path outside of it."""
+    """Raise a `UserError` within `only_trusted` if `name` is not among its names.
+
+    Args:
+        name: A function `package.module:function`, or the path of a file, that a file of a run names.
+        field: The field that has the name, for the message.
+    """
     if _trusted is not None and name not in _trusted:
         remedy = "is named by a file of this folder, not by you; to use it, add"
         raise UserError(Problem(field, name, f"{remedy} --trust {shlex.quote(name)}"))
@@ -72,15 +77,21 @@ def load_rewards(names: Sequence[str], field: str = "reward_funcs") -> list[Call
     problems: list[Problem] = []
     for name in names:
         with collect(problems):
-            functions.append(load_function(name, field))
+            functions.append(load_reward(name, field))
     if not names:
         problems.append(Problem(field, "[]", f"name at least one of {', '.join(REWARDS)}"))
     refuse(*problems)
     return functions
 
 
-def load_function(name: str, field: str) -> Callable[..., Any]:
-    """Load one reward as `load_rewards` does; functions of the user are guarded by `guard_reward`."""
+def load_reward(name: str, field: str) -> Callable[..., Any]:
+    """Load one reward as `load_rewards` does.
+
+    A user's function is guarded by `guard_reward`. For built-in rewards, check that what they need is installed.
+
+    Raises:
+        UserError: If the reward cannot be loaded, or cannot work on this machine.
+    """
     function = find_named(name, field, REWARDS)
     if ":" in name:
         if not _accepts_every_column(function):
@@ -100,7 +111,7 @@ def load_function(name: str, field: str) -> Callable[..., Any]:
 
 
 def _accepts_every_column(function: Callable[..., Any]) -> bool:
-    """Return whether a function has `**columns`; False if it is written in C and does not have a signature."""
+    """Return whether a function has `**columns`. Functions in C without a signature count as having none."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (ValueError, TypeError):
@@ -158,7 +169,7 @@ def built_in_name(function: object) -> str | None:
 def call_reward(
     function: Callable[..., Any], answers: Sequence[Any], rows: Sequence[Mapping[str, Any]], **more: Any
 ) -> Sequence[float | None]:
-    """Call a reward function as trainers do, with answers as messages, and columns by name.
+    """Call a reward function as trainers do, with answers as messages, and columns by name. Return its rewards.
 
     Args:
         function: The reward.
@@ -194,7 +205,7 @@ def guard_reward(function: Callable[..., Any], name: str, field: str = "reward_f
 
     def check_returned(rewards: Any, completions: Any, columns: Mapping[str, Any]) -> Any:
         judged = columns["environments"] if completions is None else completions
-        fault = _find_fault(rewards, len(judged))
+        fault = _fault_of_rewards(rewards, len(judged))
         if fault:
             expected = "return a list with a number, or None for no opinion, for each completion"
             raise UserError(Problem(field, name, f"returned {fault}; {expected}"))
@@ -221,7 +232,12 @@ def guard_reward(function: Callable[..., Any], name: str, field: str = "reward_f
 
 @contextlib.contextmanager
 def user_code(name: str, field: str) -> Iterator[None]:
-    """Turn an error in a user's function, class or method into a `UserError` that names the function and the line."""
+    """Turn an error in a user's function, class or method into a `UserError` that names the function and the line.
+
+    Args:
+        name: The name of the function or class, as the user wrote it.
+        field: The field that has the name.
+    """
     try:
         yield
     except (UserError, RunStopped):
@@ -229,19 +245,20 @@ def user_code(name: str, field: str) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         package = Path(__file__).parents[1]
         frames = traceback.extract_tb(error.__traceback__)
-        foreign = [frame for frame in frames if package not in Path(frame.filename).parents]
+        frames_outside = [frame for frame in frames if package not in Path(frame.filename).parents]
         place = ""
-        if foreign:
-            # Name a line in the function's own file, the first one, rather than in a library that it called.
-            file = foreign[0].filename
-            lines = [frame.lineno for frame in foreign if frame.filename == file]
+        if frames_outside:
+            # The first frame outside of this package is in the user's file. Name the last line in that file, rather
+            # than a line of a library that it called.
+            file = frames_outside[0].filename
+            lines = [frame.lineno for frame in frames_outside if frame.filename == file]
             place = f" ({file}:{lines[-1]})"
         raised = f"raised {type(error).__name__}: {shorten(str(error), 200)}{place}"
         raise UserError(Problem(field, name, f"{raised}; correct it")) from error
 
 
-def _find_fault(rewards: Any, count: int) -> str | None:
-    """Return what is wrong with `rewards`, or None. They should be a number or None for each of `count` completions."""
+def _fault_of_rewards(rewards: Any, count: int) -> str | None:
+    """Return what is wrong with `rewards`, or None if they are a number or None for each of `count` completions."""
     if isinstance(rewards, str | Mapping) or not isinstance(rewards, Collection):
         return f"{type(rewards).__name__} {str(rewards)[:40]!r}"
     if len(rewards) != count:
@@ -249,7 +266,7 @@ def _find_fault(rewards: Any, count: int) -> str | None:
     for row, reward in enumerate(rewards):
         if reward is None:
             continue
-        # NumPy's strings support conversion to float, and so do arrays of several numbers.
+        # NumPy's strings and its arrays of several numbers are instances of SupportsFloat, too.
         is_number = isinstance(reward, SupportsFloat) and not isinstance(reward, str) and not getattr(reward, "ndim", 0)
         # The sum of squares of larger numbers would be infinite in float32. NaN is not below any number.
         if not is_number or not abs(float(reward)) < 1e30:

@@ -10,7 +10,9 @@ single expressions, and an answer must be as simple as its reference, in the sam
 #     _spell     "⦃\frac12, 2\sqrt{2}⦄"                             "⦃2\sqrt{2}, 1/2⦄"
 #     split      ",": "\frac12", "2\sqrt{2}"                        ",": "2\sqrt{2}", "1/2"
 #
-# and then, element by element, what `_is_same_expression` says of "2\sqrt{2}" and "2\sqrt{2}".
+# Then `_is_same_expression` compares the elements: "2\sqrt{2}" with "2\sqrt{2}", and "\frac12" with "1/2".
+#
+# "⦃" and "⦄" stand for the braces of a set, because "{" and "}" only group in LaTeX.
 
 import logging
 import re
@@ -56,10 +58,13 @@ MAX_CHARACTERS = 300
 _UNITS = re.compile(r"(?<=[\w})])\s+(?:[A-Za-z]{2,}\s*){1,3}(?:\^\{?[23]\}?)?$")
 _OPENING, _CLOSING = "([{⦃", ")]}⦄"
 _SEPARATOR = re.compile(r"[,;]|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])")
+# "1 < x ≤ 2"
 _BETWEEN = re.compile(r"([^<>≤≥=]+)([<>≤≥])\s*[A-Za-z]\s*([<>≤≥])([^<>≤≥=]+)")
+# "x < 1"
 _BEYOND = re.compile(r"([A-Za-z])\s*([<>≤≥])([^<>≤≥=]+)")
+# The inverse of `_SPELLINGS`, for math-verify.
 _COMMANDS = str.maketrans({"≤": r"\le ", "≥": r"\ge ", "∪": r"\cup ", "∈": r"\in ", "⦃": r"\{", "⦄": r"\}"})
-# Commands that any answer may use. Others compute, hide or mean something, and must also be in the reference.
+# LaTeX commands that any answer may use. Others may compute or hide something, so they must also be in the reference.
 _COMMON = {
     "frac", "sqrt", "pi", "cdot", "times", "div", "infty", "alpha", "beta", "gamma", "delta", "epsilon", "theta",
     "lambda", "mu", "nu", "rho", "sigma", "tau", "phi", "varphi", "psi", "omega", "Delta", "Omega",
@@ -70,12 +75,11 @@ def judge(question: tuple[str, str | None, bool]) -> bool | None:
     """Judge whether an answer equals its reference.
 
     Args:
-        question: The reference, the answer, and whether the answer must have the same form, since it may be copied from
-            the problem. Without an answer (None), only the reference is judged.
+        question: The reference, the answer, and whether the answer must have the same form (`literal`), because it
+            occurs in the problem. If the answer is None, only the reference is judged.
 
     Returns:
-        Whether they are equal, True for a reference that can be read and no answer, or None if the reference cannot be
-        read.
+        None if the reference cannot be read. Otherwise whether the answer equals it; True without an answer.
     """
     reference, answer, literal = question
     if len(reference) > MAX_CHARACTERS or not _is_readable(_spell(reference)):
@@ -194,7 +198,14 @@ def _is_readable(reference: str) -> bool:
 
 
 def _is_same(reference: str, answer: str, literal: bool, ordered: bool) -> bool:
-    """Compare two texts element by element; the order of sets and lists only matters if `ordered`."""
+    """Return whether a reference and an answer have equal elements; a single expression is one element.
+
+    Args:
+        reference: The reference, as `_spell` returns it.
+        answer: The answer, as `_spell` returns it.
+        literal: Whether expressions must have the same form.
+        ordered: Whether the order of sets and lists matters.
+    """
     if _is_label(reference):
         return same_answer(re.sub("[{}]", "", reference), re.sub("[{}]", "", answer))
     kind, expected = split(reference)
@@ -220,12 +231,14 @@ def _is_same(reference: str, answer: str, literal: bool, ordered: bool) -> bool:
         pairs = zip(expected, elements, strict=True)
         return all(_is_same(*pair, literal, ordered) for pair in pairs)
 
-    # In any order, each element of the answer may serve once.
+    # In any order: for each element of the reference, remove an equal one from the answer.
     for reference_element in expected:
-        equal = next((element for element in elements if _is_same(reference_element, element, literal, ordered)), None)
-        if equal is None:
+        for element in elements:
+            if _is_same(reference_element, element, literal, ordered):
+                elements.remove(element)
+                break
+        else:
             return False
-        elements.remove(equal)
     return True
 
 
@@ -239,7 +252,10 @@ def _has_several(names: list[str]) -> bool:
 
 
 def _without_left_sides(reference: str, answer: str) -> tuple[str, str]:
-    """Cut off names: "y = 2x" equals "2x" if only one of both has a left side, or both have the same."""
+    """Return both texts without their names, so that the reference "y = 2x" equals the answer "2x", and vice versa.
+
+    Nothing is cut off if the left sides differ, or if one is not a name.
+    """
     name, equals, right = reference.partition("=")
     answer_name, answer_equals, answer_right = answer.partition("=")
     if "=" in right or "=" in answer_right:
@@ -255,7 +271,7 @@ def _without_left_sides(reference: str, answer: str) -> tuple[str, str]:
 
 @lru_cache(maxsize=4096)
 def _read(expression: str) -> list[Any]:
-    """Return the readings of an expression by math-verify, without evaluation; mostly one, or none."""
+    """Parse an expression with math-verify, without evaluation. Return the parsed expressions, mostly one or none."""
     expression = expression.translate(_COMMANDS)
     # Without spaces, math-verify would read 2ab as 2 with a unit.
     if "\\int" not in expression:
@@ -265,7 +281,7 @@ def _read(expression: str) -> list[Any]:
 
 
 def _is_same_expression(reference: str, answer: str, literal: bool) -> bool:
-    """Return whether an expression equals another one and is as simple; if `literal`, in the same form."""
+    """Return whether an answer equals the reference and is as simple; if `literal`, it must have the same form."""
     if same_answer(reference, answer):
         return True
     if number(reference) is not None or _is_label(reference):
@@ -289,7 +305,7 @@ def _is_same_expression(reference: str, answer: str, literal: bool) -> bool:
     # "\frac13 \approx 0.33" must be rounded correctly.
     if rounded and not (stated.is_number and is_rounded(number(rounded), Fraction(str(sympy.N(stated))))):
         return False
-    # math-verify drops what it takes for a unit, as in 2ab.
+    # math-verify drops what it mistakes for a unit, as in 2ab.
     letters = set(re.findall("[A-Za-z]", re.sub(r"\\(?:begin|end)\{\w+\}|\\[A-Za-z]+", "", reference))) - {"e"}
     if expected.free_symbols != stated.free_symbols or (letters and not expected.free_symbols):
         return False
@@ -304,7 +320,7 @@ def _is_same_expression(reference: str, answer: str, literal: bool) -> bool:
 
 
 def _uses_common_signs(answer: str, reference: str) -> bool:
-    """Return whether an answer has only usual signs and commands, or such as are also in the reference."""
+    """Return whether each sign and command in an answer is a usual one, or also occurs in the reference."""
     signs = set(re.findall(r"[^\w\s\\{}()\[\]^+*/=<>.-]|_", answer))
     if not signs <= set(reference):
         return False
@@ -326,7 +342,14 @@ class Form(NamedTuple):
 
 
 def _is_as_simple(stated: Form, expected: Form, solution: Form, literal: bool) -> bool:
-    """Return whether an answer is not larger than the reference, as written or solved, and factored likewise."""
+    """Return whether an answer is factored as the reference and not larger.
+
+    Args:
+        stated: The form of the answer.
+        expected: The form of the reference as it is written.
+        solution: The form of the reference after evaluation, which may be larger or smaller.
+        literal: Whether the answer must have exactly the form of the reference.
+    """
     if literal and stated != expected:
         return False
     if stated.size > max(expected.size, solution.size):
@@ -382,7 +405,7 @@ def form(expression: sympy.Basic) -> Form:
 
 
 def _symbols_of(term: Any) -> tuple[Any, ...]:
-    """Return the factors of a term that are not numbers: those of x*y for 2*x*y."""
+    """Return the factors of a term that are not numbers: (x, y) for 2*x*y."""
     return tuple(factor for factor in _factors(term) if not factor.is_number)
 
 
@@ -392,7 +415,10 @@ def _repetitions(items: Sequence[Any]) -> int:
 
 
 def _factors(node: Any) -> list[Any]:
-    """Return the factors of a product of products. A fraction has two; factors 1 and -1 are left out."""
+    """Return the factors of a product, also of nested ones. Factors 1 and -1 are left out.
+
+    A rational number has up to two: its numerator, and 1 divided by its denominator.
+    """
     if node.is_Mul:
         return [factor for argument in node.args for factor in _factors(argument)]
     if node.is_Number and node.is_finite:

@@ -3,6 +3,7 @@
 REWARDS = {
     "math_answer": "pipeline.rewards.functions:math_answer",
     "exact_answer": "pipeline.rewards.functions:exact_answer",
+    "any_answer": "pipeline.rewards.functions:any_answer",
     "choice": "pipeline.rewards.functions:choice",
     "answer_format": "pipeline.rewards.functions:answer_format",
     "call_cost": "pipeline.rewards.functions:call_cost",
@@ -16,4 +17,4 @@ MEASURED_ONLY = ("hidden_taste",)
 """Rewards that may not be trained on: their weight must be 0."""
 
 NO_VERDICT = ("answer_format", "call_cost", "hidden_taste")
-"""Rewards of which 1 does not mean that the answer is right, so that they do not grade held-out problems."""
+"""Rewards where 1 does not mean that the answer is right, so they do not grade held-out problems."""

@@ -35,7 +35,7 @@ from pipeline.rl.alarms import CollapseAlarms
 from pipeline.rl.rewards import RewardModel
 from pipeline.rl.rollout_state import Rollout
 from pipeline.tools.dialogue import Dialogue, call_tool, converse
-from pipeline.training.frozen_weights import compute_in_float32, frozen_copy, unrounded
+from pipeline.training.frozen_weights import compute_in_float32, frozen_copy, restore_frozen_weights
 from pipeline.training.reliable import Reliable
 
 logger = get_logger(__name__)
@@ -43,7 +43,7 @@ logger = get_logger(__name__)
 
 @dataclass(eq=False)
 class EpochSampler(Sampler[int]):
-    """TRL's `RepeatSampler`, with an order that only depends on the number of the epoch, which `epoch` returns.
+    """TRL's `RepeatSampler`, with an order of the rows that depends only on the seed and the number of the epoch.
 
     TRL draws all orders from one generator, so a run resumed in the second epoch would repeat the first order.
 
@@ -65,11 +65,10 @@ class EpochSampler(Sampler[int]):
 
 
 @contextmanager
-def _reference_by_trl(args: GRPOConfig, beta: float) -> Iterator[None]:
-    """Let TRL's constructor make a reference if `beta` is not 0, and none otherwise.
+def _beta_for_constructor(args: GRPOConfig, beta: float) -> Iterator[None]:
+    """Set `args.beta` while TRL's constructor runs, which makes a reference unless it is 0. Restore `args` afterwards.
 
-    TRL decides by `args.beta`, the weight of the KL in GRPO's loss. PPO's loss has no KL, and its reference is for the
-    rewards. Afterwards, `args` are what they were.
+    TRL knows `beta` as the weight of the KL in GRPO's loss. PPO's loss has no KL, and its reference is for the rewards.
     """
     beta_of_loss = args.beta
     sync_ref_model = args.sync_ref_model
@@ -128,8 +127,11 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
     Attributes:
         all_rewards: The latest rewards of the completions of all processes, (completions, rewards), NaN for None.
         latest_logps: The last log-probabilities, (B, T), which TRL's loss does not return.
+        latest_entropies: The last entropies, (B, T), in nats. They have gradients if `learns_from_entropy` is set.
+        learns_from_entropy: Whether the loss of a subclass contains `latest_entropies`.
     """
 
+    learns_from_entropy = False
     # Whether the entropies that are computed at the moment are logged, and no part of a loss.
     _only_logs_entropy = False
 
@@ -150,7 +152,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         #   a `PeftModel`                  the copy of its adapter, named "ref", that TRL makes
         kl_weight = self.kl_weight(args)
         copies_reference = kl_weight != 0 and isinstance(model, PreTrainedModel) and not kwargs.get("peft_config")
-        with _reference_by_trl(args, 0.0 if copies_reference else kl_weight):
+        with _beta_for_constructor(args, 0.0 if copies_reference else kl_weight):
             super().__init__(model, reward_funcs, args, *arguments, **kwargs)
         self.beta = args.beta
         self.parts.append(Rollout(self))
@@ -161,7 +163,8 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         if copies_reference:
             self._copy_reference()
         self._prepare_rewards()
-        # Sharded weights (FSDP, DeepSpeed) are whole only in TRL's methods; prompt learning prepends its own tokens.
+        # Whether the methods below may call the model themselves. Sharded weights (FSDP, DeepSpeed) are whole only
+        # within TRL's methods, and prompt learning prepends its own tokens.
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         learns_prompt = isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning
         self._is_plain = not (is_sharded or learns_prompt)
@@ -222,8 +225,14 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Sample a completion of each prompt, without dropout.
 
-        Return their token ids, and None for their log-probabilities. vLLM returns these as well. Random numbers come
-        from the global generator, which checkpoints contain: see the tests of exact resume.
+        Random numbers come from the global generator, which checkpoints contain: see the tests of exact resume.
+
+        Args:
+            prompt_ids: The token ids of each prompt.
+            *args, **kwargs: What else TRL passes to this method.
+
+        Returns:
+            The token ids of each completion, and their log-probabilities if vLLM sampled them, otherwise None.
         """
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         config = self._sampling_config(model)
@@ -231,10 +240,10 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             # Once in each step, TRL merges an adapter to pass the policy's weights on to vLLM.
             uses_adapter = self.use_vllm and isinstance(self.model, PeftModel) and self._is_plain
             will_merge = uses_adapter and self.state.global_step != self._last_loaded_step
-            with self.accelerator.autocast(), unrounded(self.model) if will_merge else nullcontext():
+            with self.accelerator.autocast(), restore_frozen_weights(self.model) if will_merge else nullcontext():
                 return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
-        # The maximum lengths, by which prompts are grouped into batches that fit into memory.
+        # Prompts are grouped into batches that fit into memory, by the maximum length of prompt and completion.
         lengths = [len(prompt) + config.max_new_tokens for prompt in prompt_ids]
         completions: dict[int, list[int]] = {}
         training = model.training
@@ -242,22 +251,22 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         # Trained modules are in float32, frozen ones may be in bf16. A single autocast context casts the weights once
         # for all tokens.
         with (
-            unrounded(self.model, merge=True) if self._merges else nullcontext(),
+            restore_frozen_weights(self.model, merge=True) if self._merges else nullcontext(),
             self.accelerator.autocast(),
             profiling_context(self, "sample"),
         ):
             for batch in batches(lengths, model.device):
-                numbers = sorted(batch)
-                sampled = sample(model, [prompt_ids[number] for number in numbers], config)
-                completions |= zip(numbers, sampled, strict=True)
+                rows = sorted(batch)
+                sampled = sample(model, [prompt_ids[row] for row in rows], config)
+                completions |= zip(rows, sampled, strict=True)
         model.train(training)
-        return [completions[number] for number in range(len(prompt_ids))], None
+        return [completions[row] for row in range(len(prompt_ids))], None
 
     def _sampling_config(self, model: Any) -> GenerationConfig | None:
-        """Return the settings for `pipeline.models.kernels.sampler`, or None if it cannot sample from the policy.
+        """Return the settings for `pipeline.models.kernels.sampler`, or None to let TRL sample.
 
-        Then TRL samples: with vLLM, continuous batching, sharded weights, images, a model that takes no positions
-        (Mamba, for instance), or settings that only `model.generate` has.
+        TRL samples with vLLM, continuous batching, sharded weights, images, a model without an argument for positions
+        (such as Mamba), and settings that only `model.generate` has.
         """
         if self.use_vllm or self.use_transformers_continuous_batching or self._is_vlm or not self._is_plain:
             return None
@@ -266,27 +275,32 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         # The trainer's settings take precedence over the model's, as in `model.generate`.
         config = copy.deepcopy(self.generation_config)
         config.update(**model.generation_config.to_dict(), defaults_only=True)
-        return None if unsupported_settings(config) else config
+        if unsupported_settings(config):
+            return None
+        return config
 
     def _tool_call_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Answer the calls of the first turns, and sample what follows, with the same loop as evaluation.
 
-        Return what TRL's method does, for each completion: which of its tokens were sampled (1) and which a tool wrote
-        (0), its messages, its tokens, their log-probabilities or None, and images; and the numbers of calls and of
-        failures.
+        Returns:
+            What TRL's method returns. For each completion: a list with 1 for each token that was sampled and 0 for each
+            that a tool wrote, its messages, its token ids, and their log-probabilities (None for all completions if
+            unknown). Then the number of calls, the number of failed calls, and the images of each completion, of which
+            there are none.
         """
         if self._is_vlm or any(map(is_async_callable, self.tools)):
             for tools in self._sync_tool_dicts:
-                tools |= {name: partial(call_tool, tool) for name, tool in tools.items()}
+                for name, tool in tools.items():
+                    tools[name] = partial(call_tool, tool)
             return super()._tool_call_loop(*args, **kwargs)
-        _, prompt_ids, completion_ids, completions, logprobs, *_ = args
+        _, prompt_ids, completion_ids, completions, logps, *_ = args
         dialogues = []
         for number, (prompt, tools) in enumerate(zip(prompt_ids, self._sync_tool_dicts, strict=True)):
             dialogue = Dialogue(prompt, tools)
             first_logps = None
-            if logprobs is not None:
-                first_logps = logprobs[number]
-            dialogue.logps = None if first_logps is None else []
+            if logps is not None:
+                first_logps = logps[number]
+                dialogue.logps = []
             dialogue.add_turn(list(completion_ids[number]), first_logps, completions[number][0])
             dialogues.append(dialogue)
         # With sharded weights or vLLM, all processes sample together, so none may sample more turns than another.
@@ -294,11 +308,11 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         reduce = self.accelerator.reduce
         device = self.accelerator.device
 
-        def goes_on(has_turns: bool) -> bool:
-            """Return whether to sample another turn. `has_turns`: whether this process has dialogues that go on."""
+        def any_continues(continues: bool) -> bool:
+            """Return whether to sample another turn, if `continues` says that this process has a dialogue for it."""
             if not sample_together:
-                return has_turns
-            return bool(reduce(torch.tensor(int(has_turns), device=device)))
+                return continues
+            return bool(reduce(torch.tensor(int(continues), device=device)))
 
         converse(
             dialogues,
@@ -309,7 +323,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             context=self._context_length(),
             turns=self.max_tool_calling_iterations,
             template={**self.chat_template_kwargs, "chat_template": self.chat_template},
-            goes_on=goes_on,
+            goes_on=any_continues,
         )
         turns = 0
         tokens = 0
@@ -319,11 +333,14 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         tokens, turns = reduce(torch.tensor([tokens, turns], device=device), reduction="sum").tolist()
         mode = "train" if self.model.training else "eval"
         self._metrics[mode]["tools/turn_length"].append(tokens / max(turns, 1))
+        logps_of_dialogues = None
+        if logps is not None:
+            logps_of_dialogues = [dialogue.logps for dialogue in dialogues]
         return (
             [dialogue.sampled for dialogue in dialogues],
             [dialogue.messages for dialogue in dialogues],
             [dialogue.tokens for dialogue in dialogues],
-            None if logprobs is None else [dialogue.logps for dialogue in dialogues],
+            logps_of_dialogues,
             sum(dialogue.calls for dialogue in dialogues),
             sum(dialogue.failures for dialogue in dialogues),
             [[] for _ in dialogues],
@@ -336,17 +353,22 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             return self.vllm_generation.llm.llm_engine.model_config.max_model_len
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
-    def _sample_turn(self, texts: Sequence[list[int]], room: int) -> Any:
-        """Sample a turn of at most `room` tokens after each text. vLLM applies its own limit."""
+    def _sample_turn(self, texts: Sequence[list[int]], max_tokens: int) -> Any:
+        """Sample a turn of at most `max_tokens` tokens after each text, as token ids. vLLM applies its own limit.
+
+        Return the ids of each turn, and their log-probabilities, or None if unknown.
+        """
         config = self.generation_config
-        config.max_new_tokens = room
-        # A process whose dialogues have ended may still have to take part.
+        config.max_new_tokens = max_tokens
+        # A process whose dialogues have ended may still have to sample together with others.
         prompts = list(texts) or [self.eos_token_ids[:1]]
         try:
             ids, logps = self._generate_single_turn(prompts, None, {}, num_generations=1)
         finally:
             config.max_new_tokens = self.max_completion_length
-        return [ids[: len(texts)], None if logps is None else logps[: len(texts)]]
+        if logps is not None:
+            logps = logps[: len(texts)]
+        return ids[: len(texts)], logps
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -358,17 +380,17 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         compute_entropy: bool = False,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return log-probabilities (B, `logits_to_keep`), entropies in nats if requested, and an auxiliary loss.
+        """Return log-probabilities (B, `logits_to_keep`), entropies in nats or None, and an auxiliary loss or None.
 
-        On a CPU, only compute logits for the completion, without TRL's tiles, which take several times as long.
+        On a CPU, only the logits of the completion are computed, without TRL's tiles, which take several times as long.
         Positions are counted from each text's first token, as during sampling. TRL also counts padding, which changes
         the output of models with learned positions.
 
-        Gradients flow through both results if they are enabled, so that a subclass can add an entropy to its loss. The
-        exception are the entropies that TRL's own loss logs, unless `entropy_coef` makes them a part of it: without
-        gradients, they cost less.
+        Gradients flow through both results if they are enabled. The exception are the entropies that TRL's own loss
+        logs: without gradients, they cost less. They have gradients if they are a part of the loss, because of
+        `entropy_coef` or of `learns_from_entropy`.
         """
-        # Images, and an auxiliary loss, are left to TRL.
+        # TRL has options for images and for an auxiliary loss, which only its own method supports.
         has_options = any(value is not None and value is not False for value in options.values())
         is_on_cpu = input_ids.device.type == "cpu"
         auxiliary_loss = None
@@ -390,20 +412,24 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
                 positioned, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **options
             )
         self.latest_logps = log_probs.detach()
+        if entropies is not None:
+            self.latest_entropies = entropies
         return log_probs, entropies, auxiliary_loss
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """Omit completions without an advantage, whose gradients are 0; each process keeps at least one completion.
+        """Compute TRL's loss without the completions whose advantage, and so whose gradient, is 0.
 
-        The entropy and the clipped shares that are logged are then those of the completions that are learned from.
+        Each process keeps at least one completion. The entropy and the clipped shares that are logged are then averages
+        over the completions that the policy learns from.
         """
         advantages = inputs["advantages"]
-        # With any of these, a completion without an advantage has a gradient as well.
+        # With any of these, a completion with advantage 0 has a gradient as well.
         learns_from_all = (
             self._is_vlm
             or self.beta
             or self.aux_loss_enabled
             or self._entropy_bonus_enabled
+            or self.learns_from_entropy
             or self.top_entropy_quantile < 1
         )
         # These losses are divided by the number of tokens of the whole rollout.
@@ -411,7 +437,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         if self.model.training and advantages.dim() == 1 and is_per_token and not learns_from_all:
             has_tokens = inputs["completion_mask"].any(1)
             is_learned = (advantages != 0) & has_tokens
-            # All processes keep the same number of rows. One that learns from fewer fills up, first with completions
+            # All processes keep the same number of rows. One that learns from fewer adds others, first completions
             # that have tokens, so that no mean over tokens is empty.
             numbers = self.accelerator.gather(is_learned.sum())
             number = max(1, int(numbers.max()))
@@ -423,7 +449,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
                 is_by_row = isinstance(value, Tensor) and value.dim() > 0
                 selected[name] = value[rows] if is_by_row else value
             inputs = selected
-        self._only_logs_entropy = not self._entropy_bonus_enabled
+        self._only_logs_entropy = not (self._entropy_bonus_enabled or self.learns_from_entropy)
         try:
             return super()._compute_loss(model, inputs)
         finally:
@@ -434,37 +460,38 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate under a fixed random state, and restore training's state afterwards."""
         # The number of completions of each batch, over all processes.
-        self._evaluated: list[int] = []
+        self._eval_batch_sizes: list[int] = []
         with hardware.unchanged_rng():
             torch.manual_seed(self.args.seed + self.accelerator.process_index)
             output = super().evaluation_loop(*args, **kwargs)
-        if self._evaluated:
+        if self._eval_batch_sizes:
             self._log_averages()
         prefix = kwargs.get("metric_key_prefix", "eval")
         for name, values in self._metrics["eval"].items():
             # A metric with a value for each batch is weighted by the completions of the batch. Metrics of the whole
             # evaluation have a single value, and those that reward functions log may skip batches.
-            rows = [1] * len(values)
-            if len(values) == len(self._evaluated):
-                rows = self._evaluated
+            weights = [1] * len(values)
+            if len(values) == len(self._eval_batch_sizes):
+                weights = self._eval_batch_sizes
             total = 0.0
             count = 0
-            for value, number in zip(values, rows, strict=True):
+            for value, weight in zip(values, weights, strict=True):
                 if not math.isnan(value):
-                    total += value * number
-                    count += number
+                    total += value * weight
+                    count += weight
             output.metrics[f"{prefix}_{name}"] = total / count if count else None
         # TRL would log them under the prefix "eval" for any data set.
         self._metrics["eval"].clear()
         return output
 
     def _log_averages(self) -> None:
-        """Add metrics that are averages over several batches; GRPO has none."""
+        """Add metrics that are averages over several batches. GRPO has none; `PPOTrainer` overrides this."""
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return and keep the rewards of the completions of all processes, (completions, rewards).
 
-        With weight 0, a reward is only measured: alone, it gives no score. A reward that fails stops the run.
+        A reward with weight 0 is only measured: where all others are None, it becomes NaN too, and there is no score. A
+        reward that fails stops the run.
         """
         try:
             rewards: Tensor = super()._calculate_rewards(*args, **kwargs)
@@ -472,7 +499,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             # It may fail on a single process, and only the first process reports a `UserError`.
             step = self.state.global_step + 1
             raise RunStopped(f"{error}, and start again (in step {step}; {self.last_good()}).") from error
-        # TRL would take a completion with only rewards of weight 0 as one that scores 0.
+        # To TRL, a completion that only has rewards of weight 0 would be one with the score 0.
         is_unscored = rewards[:, self.reward_weights != 0].isnan().all(dim=1)
         rewards[is_unscored] = torch.nan
         self.all_rewards = rewards
@@ -488,5 +515,5 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             self._metrics["train"]["reward_max"].append(max(totals.tolist(), default=math.nan))
         else:
             rows = torch.tensor(len(batch["completion_ids"]), device=self.accelerator.device)
-            self._evaluated.append(int(self.accelerator.reduce(rows, reduction="sum")))
+            self._eval_batch_sizes.append(int(self.accelerator.reduce(rows, reduction="sum")))
         return batch

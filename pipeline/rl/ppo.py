@@ -50,7 +50,8 @@ class PPOTrainer(GRPOTrainer):
     `missing_eos_penalty` or `mask_truncated_completions` is set. Nothing is learned from one without any score.
 
     A subclass can override what happens to a rollout once it is sampled, one step at a time: `score_completions`,
-    `compute_log_probs`, `token_rewards` and `estimate_advantages`. With this one, short answers score higher:
+    `compute_log_probs`, `token_rewards`, `estimate_advantages` and `policy_loss`. With this one, short answers score
+    higher:
 
         class BriefPPOTrainer(PPOTrainer):
             def score_completions(self, batch):
@@ -318,10 +319,7 @@ class PPOTrainer(GRPOTrainer):
         return self.optimizer.param_groups[0]["lr"] / self.args.learning_rate
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Return the clipped policy loss, which TRL computes from the advantages (B, T), plus the critic's loss.
-
-        TRL's loss of a token is `-min(ratio * advantage, clip(ratio, 1 - cliprange, 1 + cliprange) * advantage)`.
-        """
+        """Return the loss of the policy plus the critic's."""
         # Without gradients, the policy's optimizer changes neither the policy nor its own state.
         trains_policy = self.state.global_step >= self.args.value_warmup_steps
         ids, attention_mask, mask = _texts(inputs)
@@ -329,23 +327,39 @@ class PPOTrainer(GRPOTrainer):
         value_losses, clipped = ppo_math.clipped_value_loss(
             values, inputs["old_values"], inputs["returns"], self.args.cliprange_value
         )
-        # As TRL does for the policy (loss_type="dapo"), divide by the mean number of tokens of an optimizer step, per
-        # process.
-        divisor = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-        if self.model.training:
-            divisor = divisor * self.current_gradient_accumulation_steps / self.args.steps_per_generation
-        value_loss = self.args.vf_coef * ((value_losses * mask).sum() / divisor)
+        value_loss = self.args.vf_coef * self.mean_over_tokens(value_losses, inputs)
         if self.model.training and trains_policy:
             # Backpropagate now, so that only one network has activations in memory at a time.
             self.accelerator.backward(value_loss)
             value_loss = value_loss.detach()
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains_policy):
-            policy_loss: Tensor = super().compute_loss(model, inputs, *args, **kwargs)
+            policy_loss = self.policy_loss(model, inputs)
         log_ratio = self.latest_logps - inputs["old_per_token_logps"]
         self._averages.add(mask, ppo_metrics.of_update(log_ratio, value_losses.detach(), clipped))
         if self.model.training and self.accelerator.sync_gradients:
             self._log_averages()
         return policy_loss + value_loss
+
+    def policy_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the clipped loss of the policy, which TRL computes from the advantages (B, T).
+
+        The loss of a token is `-min(ratio * advantage, clip(ratio, 1 - cliprange, 1 + cliprange) * advantage)`, and
+        `mean_over_tokens` averages it. A subclass can add terms, such as an entropy (`learns_from_entropy`).
+        """
+        loss: Tensor = super().compute_loss(model, batch)
+        return loss
+
+    def mean_over_tokens(self, values: Tensor, batch: Batch) -> Tensor:
+        """Return what values (B, T) of the tokens of a micro-batch add to the loss of an optimizer step.
+
+        Their sum is divided as TRL divides the policy's loss (`loss_type="dapo"`): by the mean number of tokens of an
+        optimizer step, per process. So each token of a rollout has the same weight.
+        """
+        _, _, mask = _texts(batch)
+        divisor = batch["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        if self.model.training:
+            divisor = divisor * self.current_gradient_accumulation_steps / self.args.steps_per_generation
+        return (values * mask).sum() / divisor
 
     def end(self) -> None:
         """Also unwrap the critic, whose wrapper refers to the process group that ends here."""

@@ -26,6 +26,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from pipeline.models.adapters import MERGED
 from pipeline.models.classifiers import HEAD_NAMES, classifier, find_head
+from pipeline.models.kernels.quantized import quantized_layers, share_quantized_layers
 from pipeline.models.loading import load_config, local_copy, without_adapters
 from pipeline.rl.critic import VALUE_MODEL_FOLDER
 from pipeline.rl.ppo_config import PPOConfig
@@ -228,7 +229,7 @@ def adapter_value_model(source: PreTrainedModel, peft_config: PeftConfig) -> Pef
     """Build a critic that trains an adapter and a value head, on the frozen weights of `source`.
 
     An adapter of `source` is copied with its configuration, and so is the head of a classifier; otherwise,
-    `peft_config` defines the adapter, and the head is zero.
+    `peft_config` defines the adapter, and the head is zero. Layers of `source` with 4 bits are used as they are.
     """
     # Making a critic must not affect other random numbers.
     with torch.random.fork_rng(devices=[]):
@@ -239,7 +240,11 @@ def adapter_value_model(source: PreTrainedModel, peft_config: PeftConfig) -> Pef
         for name, _ in module.named_parameters(prefix=head):
             # The head is trained, in float32. All other weights are shared with `source`.
             weights[name] = weights[name].float().clone()
-        critic.load_state_dict(weights, assign=True)
+        # Packed into 4 bits, weights do not have the shape that the critic expects.
+        shared = tuple(f"{plain_name(layer)}." for layer in quantized_layers(source))
+        weights = {name: weight for name, weight in weights.items() if not name.startswith(shared)}
+        critic.load_state_dict(weights, assign=True, strict=not shared)
+        share_quantized_layers(source, critic)
         # Only buffers are left to move.
         critic.to(source.device)
         adapters = getattr(source, "peft_config", {})

@@ -82,7 +82,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _read_options(args: argparse.Namespace) -> RunOptions:
-    """Return the options of a run; those of several seeds are derived from them."""
+    """Return the options of a run, from which the options of each seed are derived if there are several (`--seeds`)."""
     force: tuple[str, ...] | None = None
     if args.force is not None:
         force = tuple(args.force)
@@ -120,7 +120,7 @@ def _resume_command(args: argparse.Namespace) -> str:
 
 
 def _check_arguments(args: argparse.Namespace, options: RunOptions) -> list[Problem]:
-    """Return what is wrong with the arguments themselves, and with the launch file."""
+    """Return what is wrong with the numbers on the command line, and with the launch file."""
     problems: list[Problem] = []
     if args.num_processes is not None and args.num_processes < 1:
         problems.append(Problem("--num_processes", args.num_processes, "must be at least 1"))
@@ -141,9 +141,10 @@ def _check_arguments(args: argparse.Namespace, options: RunOptions) -> list[Prob
 
 
 def _start_warm_process(args: argparse.Namespace) -> contextlib.AbstractContextManager[WarmProcess | None]:
-    """Start the process from which steps are forked, which imports the libraries while this one checks the steps.
+    """Start the process from which steps are forked, so that it imports the libraries while this one checks the steps.
 
-    Several processes are started by accelerate, and a dry run starts none. Then the context is empty.
+    Return a context that yields it. The context yields None if steps cannot be forked, because each of them needs
+    several processes, or if no step runs.
     """
     is_alone = args.num_processes in (None, 1) and not args.launcher
     runs_nothing = args.dry_run or args.download
@@ -155,12 +156,20 @@ def _start_warm_process(args: argparse.Namespace) -> contextlib.AbstractContextM
 def _run_seeds(
     recipe: Recipe, options: RunOptions, seeds: Sequence[int], warm: WarmProcess | None, began: float
 ) -> int:
-    """Run the steps of each seed and the report over them, or print them for `--dry-run`. Return the exit code."""
+    """Run the steps of each seed and the report over them, or print them for `--dry-run`. Return the exit code.
+
+    Args:
+        recipe: The recipe.
+        options: Options of the command; the directory of a seed is `seedN` inside `output_dir`.
+        seeds: The seeds, in the order in which they run.
+        warm: Process from which steps are forked; None to start each as a new process.
+        began: Time at which the command began, by `time.monotonic`.
+    """
     plan = recipe.plan(options.output_dir, smoke=options.smoke)
     run_dir = plan.run_dir
     first_steps = _first_steps(plan.steps, plan.seed, run_dir, options, seeds)
     if first_steps and not options.dry_run:
-        # The run itself must be able to continue from there.
+        # This raises an error if a step that the seeds would share is due in the run itself.
         check_run(recipe, replace(options, output_dir=run_dir))
         for seed, step in first_steps.items():
             share_steps(plan.steps[: plan.steps.index(step)], run_dir, run_dir / f"seed{seed}", step.name)
@@ -204,10 +213,21 @@ def _run_seeds(
 def _first_steps(
     steps: Sequence[Step], own_seed: int | None, run_dir: Path, options: RunOptions, seeds: Sequence[int]
 ) -> dict[int, Step]:
-    """Return the first step of each new seed that is its own, if earlier ones are shared with the run in `run_dir`.
+    """Return the first step that each new seed runs itself, if it shares the earlier steps with the run in `run_dir`.
 
     With `--from`, new seeds share the steps before it with the run. The run's own seed shares everything but the
     report, which is about a single run.
+
+    Args:
+        steps: The steps of the run.
+        own_seed: Seed of the run, None if it has none.
+        run_dir: Directory of the run.
+        options: Options of the command.
+        seeds: The seeds of the command.
+
+    Returns:
+        The step, by seed. Seeds that have a run already are left out; without `--from`, nothing is shared, and the
+        result is {}.
     """
     if options.start is None:
         return {}
@@ -223,7 +243,10 @@ def _first_steps(
 
 
 def _print_seeds(runs: Sequence[CheckedRun], first_steps: Mapping[int, Step]) -> None:
-    """Print the decisions about each seed's own steps."""
+    """Print what would be done about each seed's steps, without the steps that it would share with the run.
+
+    `first_steps` are the first steps that are not shared, by seed.
+    """
     for run in runs:
         seed = run.options.seed
         print(f"seed {seed}, in {run.plan.run_dir}:")

@@ -91,7 +91,16 @@ class RunConsole:
 
     @contextlib.contextmanager
     def step(self, step: Step, command: str, resumes: bool) -> Iterator[tuple[int, dict[str, str]]]:
-        """Show a step while it runs. Yield a descriptor for its output, and variables for reporting progress."""
+        """Show a step while the block runs it.
+
+        Args:
+            step: The step.
+            command: Its command, which becomes the first line of its log.
+            resumes: Whether the step resumes, so that its output is appended to the log.
+
+        Yields:
+            A file descriptor for its output, and the environment variable that tells it where to report progress.
+        """
         log = self.log(step)
         reports = log.with_suffix(".progress")
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +142,10 @@ class RunConsole:
                 printed_quarter = self._print_quarter(printed_quarter)
 
     def _print_quarter(self, printed: int) -> int:
-        """Print the progress of a long step when it enters its second to fourth quarter. Return the printed quarter."""
+        """Print the progress of a long step, once it has done one, two or three quarters of its work.
+
+        `printed` is the number of quarters when it was last printed, or 0. Return the number that is printed now.
+        """
         progress = self.state.progress
         total = progress.facts.get("total")
         if not total or progress.elapsed < PROGRESS_SECONDS:
@@ -142,14 +154,16 @@ class RunConsole:
         if not printed < quarter < 4:
             return printed
         parts = self.state.doing.split("  ")
-        for seconds, what in zip(self.state.seconds_left(), ("left", "left of the run"), strict=True):
-            if seconds is not None:
-                parts.append(f"{time_in_words(seconds)} {what}")
+        step_left, run_left = self.state.seconds_left()
+        if step_left is not None:
+            parts.append(f"{time_in_words(step_left)} left")
+        if run_left is not None:
+            parts.append(f"{time_in_words(run_left)} left of the run")
         print("    " + ", ".join(parts))
         return quarter
 
     def finish(self, step: Step, seconds: float) -> None:
-        """Show that a step has finished, and what its stage has reached."""
+        """Show that a step has finished after `seconds`, the rows that it lost, and a metric if it has measured one."""
         for lost in self.state.progress.facts.get("lost", ()):
             self.event(f"    {lost['rows']:,} of {lost['of']:,} {lost['what']}")
         stage = self.state.end(step, seconds, finished=True)
@@ -159,7 +173,15 @@ class RunConsole:
         self.event(f"    {line}")
 
     def stop(self, step: Step, seconds: float, code: int, *messages: str) -> None:
-        """End the view of a step that was stopped (`code` 0) or failed; print the end of its output and `messages`."""
+        """End the live view because a step has not finished, and say why.
+
+        Args:
+            step: The step.
+            seconds: How long it ran.
+            code: 0 if the user has stopped it; `EXIT_WAITING` if it waits for people; otherwise the code with which
+                it failed, and the end of its output is printed.
+            *messages: Lines to print after that.
+        """
         self.state.end(step, seconds, finished=False, for_people=code == EXIT_WAITING)
         self.close()
         if code and not self._verbose:
@@ -176,7 +198,7 @@ class RunConsole:
             print(f"its whole output: {self.log(step)}")
 
     def _view(self) -> RenderableType:
-        """Return the current content of the live view: for each stage, its state or main metric, and a time.
+        """Draw the live view: the title, a row for each stage, and while a step runs, the times and its output.
 
         pocket, seed 0, in runs/pocket
         ✓  1_pretrain  bits per byte 2.640 -> 0.183                      1 min 38 s
@@ -186,15 +208,25 @@ class RunConsole:
         output: runs/pocket/logs/2_sft.log
         """
         step_left, run_left = self.state.seconds_left()
-        columns = (Column(ratio=1, no_wrap=True, overflow="ellipsis"), Column(justify="right", no_wrap=True))
-        table = Table.grid(Column(width=1), Column(no_wrap=True), *columns, padding=(0, 2, 0, 0), expand=True)
+        # A mark, the name, the state of the stage, which is as wide as the rest allows, and a time.
+        table = Table.grid(
+            Column(width=1),
+            Column(no_wrap=True),
+            Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+            Column(justify="right", no_wrap=True),
+            padding=(0, 2, 0, 0),
+            expand=True,
+        )
         for stage in self.state.stages.values():
             mark, style = MARKS[stage.status]
             name = Text(stage.name)
             if style == "dim":
                 name = Text(stage.name, "dim")
-            content, when = self._describe(stage, step_left)
-            table.add_row(Text(mark, style), name, content, Text(when, "dim"))
+            if stage.status == "running":
+                content, duration = self._draw_progress(step_left)
+            else:
+                content, duration = self._describe_stage(stage)
+            table.add_row(Text(mark, style), name, content, Text(duration, "dim"))
         lines: list[RenderableType] = [Text(self.title, "bold"), table]
         step = self.state.running
         if step is not None:
@@ -203,43 +235,47 @@ class RunConsole:
                 times += f", about {time_in_words(run_left)} left"
             lines.append(Text(times))
             lines.append(Text(f"output: {self.log(step)}", "dim", overflow="fold"))
-            number = self.state.progress.facts.get("stopping")
-            if number:
-                notice = f"{number}: {step.name} saves after this update; Ctrl-C again stops immediately"
+            signal_name = self.state.progress.facts.get("stopping")
+            if signal_name:
+                notice = f"{signal_name}: {step.name} saves after this update; Ctrl-C again stops immediately"
                 lines.append(Text(notice, "yellow"))
         return Constrain(Group(*lines), MAX_COLUMNS)
 
-    def _describe(self, stage: Stage, step_left: float | None) -> tuple[RenderableType, str]:
-        """Return what the live view shows of a stage, and its time.
+    def _draw_progress(self, step_left: float | None) -> tuple[RenderableType, str]:
+        """Draw the bar of the running step and what it last reported. Return them and a time: "48 s left".
 
-        `step_left` are the seconds left for the running step, or None if they are unknown.
+        If `step_left`, the seconds left for the step, is None, the time is how long it has run: "48 s".
         """
         progress = self.state.progress
-        if stage.status == "running":
-            completed = progress.facts.get("done", 0)
-            total = progress.facts.get("total")
-            if not total and step_left:
-                # The progress of a step that reports nothing is estimated from its earlier time.
-                completed = progress.elapsed
-                total = progress.elapsed + step_left
-            bar = Table.grid(Column(ratio=1), Column(no_wrap=True), padding=(0, 2, 0, 0), expand=True)
-            bar.add_row(ProgressBar(total, completed, pulse=not total), self.state.doing)
-            if step_left:
-                return bar, f"{time_in_words(step_left)} left"
-            return bar, time_in_words(progress.elapsed)
+        completed = progress.facts.get("done", 0)
+        total = progress.facts.get("total")
+        if not total and step_left:
+            # The progress of a step that reports nothing is estimated from its earlier time.
+            completed = progress.elapsed
+            total = progress.elapsed + step_left
+        row = Table.grid(Column(ratio=1), Column(no_wrap=True), padding=(0, 2, 0, 0), expand=True)
+        # Without a total, the bar only shows that something is going on.
+        row.add_row(ProgressBar(total, completed, pulse=not total), self.state.doing)
+        if step_left:
+            return row, f"{time_in_words(step_left)} left"
+        return row, time_in_words(progress.elapsed)
+
+    def _describe_stage(self, stage: Stage) -> tuple[Text, str]:
+        """Return what the live view says about a stage that is not running, and how long its steps took, or ""."""
         if stage.status == "kept":
             return Text(stage.metric), "kept"
         if stage.status == "stopped":
-            return Text(str(progress)), time_in_words(stage.seconds)
+            return Text(str(self.state.progress)), time_in_words(stage.seconds)
         if stage.status == "done":
-            return Text("; ".join(filter(None, [stage.metric, stage.lost]))), time_in_words(stage.seconds)
+            facts = [text for text in (stage.metric, stage.lost) if text]
+            return Text("; ".join(facts)), time_in_words(stage.seconds)
         if stage.status == "waiting":
             return Text(stage.note, "dim"), ""
         return Text(stage.note), ""
 
 
 def show_checks(recipe: Path, plain: bool, verbose: bool) -> AbstractContextManager[object]:
-    """Show in the live view that the steps are being checked, which takes seconds."""
+    """Show a spinner during the block, in which the steps are checked for seconds; nothing without a live view."""
     if not is_live(plain, verbose):
         return contextlib.nullcontext()
     return Console().status(f"Checking the steps of {recipe}")

@@ -42,31 +42,41 @@ def main(args: argparse.Namespace) -> int:
     problems.append(check_new_directory(args.folder, "FOLDER"))
     refuse(*problems)
     run_dir = f"runs/{args.folder.resolve().name}"
-    replacements = _replacements(name, args.folder, run_dir)
+    new_paths = _new_paths(name, args.folder, run_dir)
     files: list[Path] = []
     for pattern in ("*.yaml", "*.jsonl", README):
         files += sorted((SHIPPED / name).glob(pattern))
     files.append(SHIPPED / "accelerate" / LAUNCH_FILE)
-    for path in files:
-        text = path.read_text(encoding="utf-8")
-        for pattern, new in replacements.items():
-            text = re.sub(pattern, new.replace("\\", r"\\"), text)
-        write_text(args.folder / path.name, text)
+    for file in files:
+        text = file.read_text(encoding="utf-8")
+        for expression, new_path in new_paths.items():
+            # In a replacement, a backslash would begin a reference to a group.
+            text = re.sub(expression, new_path.replace("\\", r"\\"), text)
+        write_text(args.folder / file.name, text)
     print(f"{args.folder}: a copy of {name}, which writes to {run_dir}; fourstage run {args.folder}")
     return 0
 
 
-def _replacements(name: str, folder: Path, run_dir: str) -> dict[str, str]:
-    """Return regular expressions for the paths in a recipe's files, and the path that replaces each in the copy.
+def _new_paths(name: str, folder: Path, run_dir: str) -> dict[str, str]:
+    """Return the path in the copy of a recipe for each path in its files, which is matched by a regular expression.
 
-    The text is edited rather than the values, to keep comments and order. Only whole names match: `runs/pocket` does
-    not match `runs/pocket-people`, and `recipes/existing-model/full` is not a file of `recipes/existing-model`.
+    The text is edited rather than the values, to keep comments and order. A copy of `pocket` to the folder `mine` has:
+
+        runs/pocket               runs/mine                       but not in runs/pocket-people
+        recipes/pocket            mine                            but not in recipes/pocket-people
+        accelerate_config.yaml    mine/accelerate_config.yaml     but not in other/accelerate_config.yaml
+
+    Args:
+        name: Name of the recipe, such as "existing-model".
+        folder: Folder of the copy.
+        run_dir: Directory that the copy writes to.
     """
+    # `recipes/existing-model/full` is a recipe of its own, and not a file of `recipes/existing-model`.
     inner_recipes = [recipe.removeprefix(name) for recipe in shipped_recipes() if recipe.startswith(f"{name}/")]
-    end_of_name = f"(?!{'|'.join([*inner_recipes, '[-0-9A-Za-z_]'])})"
+    longer_names = "|".join([*inner_recipes, "[-0-9A-Za-z_]"])
     shipped_run_dir = re.escape(read_plan(SHIPPED / name).run_dir.as_posix())
     return {
         rf"\b{shipped_run_dir}(?![\w-])": run_dir,
-        rf"\brecipes/{name}{end_of_name}": folder.as_posix(),
+        rf"\brecipes/{name}(?!{longer_names})": folder.as_posix(),
         rf"(?<![\w/]){re.escape(LAUNCH_FILE)}": (folder / LAUNCH_FILE).as_posix(),
     }

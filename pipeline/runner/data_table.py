@@ -1,4 +1,4 @@
-"""Which rows and columns the stages of a run have read, as `--smoke` shows it at its end."""
+"""The table that a run with `--smoke` prints at its end: which rows and columns its stages have read."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,36 +8,36 @@ LONGEST_ROW = 160
 
 
 def describe_data(steps: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return the lines of the table; `steps` are the entries of `run.json`; training steps have `read`.
+    """Return the lines of the table, [] if no step has reported what it reads.
 
     Steps that read the same rows in the same way are described together:
 
         2_sft, 4_grpo  questions.csv: 40 rows, of which 2 are held out
                        question, answer -> messages; not used: choices
                        first row: <|user|>\\nWhat is 1 + 1?<|assistant|>\\n2
+
+    Args:
+        steps: The entries of `run.json`, by the name of the step (`pipeline.runner.records.RunRecord`).
     """
-    names: dict[str, list[str]] = {}
-    described: dict[str, list[str]] = {}
+    # The names of the steps with the same description.
+    names: dict[tuple[str, ...], list[str]] = {}
     for name, step in steps.items():
         if step.get("read"):
-            lines = _describe_step(step)
-            text = "\n".join(lines)
-            names.setdefault(text, []).append(name)
-            described[text] = lines
-    if not described:
+            names.setdefault(tuple(_describe_step(step)), []).append(name)
+    if not names:
         return []
-    titles = {text: ", ".join(names[text]) for text in described}
+    titles = {description: ", ".join(step_names) for description, step_names in names.items()}
     width = max(map(len, titles.values()))
     table = ["data that the stages read:"]
-    for text, lines in described.items():
-        first, *rest = lines
-        table.append(f"  {titles[text]:{width}}  {first}")
+    for description, title in titles.items():
+        first, *rest = description
+        table.append(f"  {title:{width}}  {first}")
         table += [f"  {'':{width}}  {line}" for line in rest]
     return table
 
 
 def _describe_step(step: Mapping[str, Any]) -> list[str]:
-    """Return what a step has read of each data set, and its first row."""
+    """Return two lines for each data set that a step has read, and one with its first row if that was recorded."""
     lines: list[str] = []
     for source in step["read"]:
         rows = "a stream" if source["rows"] is None else f"{source['rows']:,} rows"

@@ -1,10 +1,10 @@
-"""Which steps of a run are due, and why: what has changed in each one's settings and inputs since it ran.
+"""Decide which steps of a run are due, and say why: what has changed in their settings and inputs since they ran.
 
-has not run yet                                      -> start
-a setting with an effect on what it writes changed   -> start, or continue if only the number of steps was raised
-a step that it needs runs, or its inputs changed     -> start
-was interrupted                                      -> resume from its last checkpoint
-none of these                                        -> skip
+a step has not run yet                             -> start
+a setting that affects what it writes has changed  -> start; or continue, if only the number of steps was raised
+a step that it needs is due, or an input changed   -> start
+it was interrupted                                 -> resume from its last checkpoint
+none of these                                      -> skip
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.config.fields import REMOVED, convert, field_types
-from pipeline.config.weight_fields import continues, has_effect, newest_state, number_of
+from pipeline.config.weight_fields import can_continue, has_effect, newest_state, number_of
 from pipeline.errors import Problem, UserError, refuse
 from pipeline.evaluation.evaluate_yaml import DEFAULTS
 from pipeline.files import read_json
@@ -23,9 +23,9 @@ from pipeline.runner.records import RunRecord, fingerprint, recorded_values
 from pipeline.runner.steps import REPORT, Step, find_step
 
 Changes = dict[str, tuple[Any, Any]]
-"""Settings that differ, by field: the earlier value and the current one."""
+"""Settings that differ, by field, each with its earlier value and its current one."""
 LONGEST_VALUES = 60
-"""A reason shows both values of a setting if they have at most this many characters together."""
+"""Maximum number of characters of both values of a setting, together, that a reason shows."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,11 @@ class Decision:
     """A decision about a step.
 
     Attributes:
-        action: "resume" continues from what the step has saved, "continue" from its last checkpoint with more steps.
-        reason: Why, as a phrase.
-        replaced: Earlier output that it will write again; a step that continues keeps its checkpoints.
-        deletes: Whether that is deleted instead of moved to the trash.
+        action: "start" from the beginning, "resume" from what an interrupted step has saved, "continue" from the last
+            checkpoint of a finished step with more training steps, or "skip".
+        reason: Why, as a phrase: "its configuration changed (seed: 0 -> 1)".
+        replaced: Files and folders of earlier output that the step will write again.
+        deletes: Whether these are deleted instead of moved to the trash.
     """
 
     action: Literal["skip", "start", "resume", "continue"]
@@ -56,18 +57,50 @@ def choose_steps(
     until: str | None = None,
     force: Sequence[str] | None = None,
 ) -> Decisions:
-    """Decide about each step from `start` to `until`, and the report.
+    """Decide about each step from `start` to `until`, and about the report.
 
     Args:
         steps: All steps of the run, the last of which is the report.
         record: The record of the run.
-        start: The first step, which runs even if it has finished, as do all after it. Default: the first that is due.
-        until: The last step, with its evaluation. Default: the last step of the run.
-        force: Steps that start from scratch: () means all from `start` on, None means none.
+        start: The first step (`--from`). It runs even if it has finished, and so do all later ones. None: any step
+            may be skipped.
+        until: The last step (`--until`), whose evaluation is included. None: the last step of the run.
+        force: Steps that start from scratch (`--force`): () means all from `start` on, None means none.
 
     Raises:
         UserError: If there is no such step, or a step before `start` that is needed is due itself.
     """
+    first, last = _chosen_range(steps, start, until)
+    chosen = steps[first : last + 1]
+
+    from_start = {step.name for step in steps[first:]}
+    forced: set[str] = set()
+    if force is not None:
+        forced = {find_step(steps, name, "--force").name for name in force} or from_start
+    repeated: Collection[str] = ()
+    if start is not None:
+        repeated = from_start
+    decisions = decide(steps, record, repeated, forced)
+    _check_earlier_steps(steps[:first], chosen, decisions)
+
+    # The report follows any other step, even with --until, as soon as one stage is measured.
+    report = steps[-1]
+    choices = [(step, decisions[step.name]) for step in chosen if step is not report]
+    is_measured = any(step.kind == "evaluate" and (step in chosen or record.is_finished(step.name)) for step in steps)
+    if is_measured:
+        has_changed = any(decision.action != "skip" for _, decision in choices)
+        if has_changed or REPORT in forced:
+            repeated = {REPORT}
+        else:
+            repeated = ()
+        choices.append((report, decide([report], record, repeated)[REPORT]))
+    elif not choices:
+        raise UserError(Problem("--from", start, "no stage has been evaluated yet; start at an earlier step"))
+    return choices
+
+
+def _chosen_range(steps: Sequence[Step], start: str | None, until: str | None) -> tuple[int, int]:
+    """Return the places of the first and the last step that `--from` and `--until` choose, both inclusive."""
     first = 0
     if start is not None:
         first = steps.index(find_step(steps, start, "--from"))
@@ -79,34 +112,11 @@ def choose_steps(
             last += 1
     if first > last:
         raise UserError(Problem("--from", start, f"comes after --until {until}"))
-    chosen = steps[first : last + 1]
-
-    from_start = {step.name for step in steps[first:]}
-    forced: set[str] = set()
-    if force is not None:
-        forced = {find_step(steps, name, "--force").name for name in force} or from_start
-    again: Collection[str] = ()
-    if start is not None:
-        again = from_start
-    decisions = decide(steps, record, again, forced)
-    _check_earlier_steps(steps[:first], chosen, decisions)
-
-    # The report follows any other step, even with --until, as soon as one stage is measured.
-    report = steps[-1]
-    choices = [(step, decisions[step.name]) for step in chosen if step is not report]
-    is_measured = any(step.kind == "evaluate" and (step in chosen or record.is_finished(step.name)) for step in steps)
-    if is_measured:
-        runs_again: Collection[str] = ()
-        if REPORT in forced or any(decision.action != "skip" for _, decision in choices):
-            runs_again = {REPORT}
-        choices.append((report, decide([report], record, runs_again)[REPORT]))
-    elif not choices:
-        raise UserError(Problem("--from", start, "no stage has been evaluated yet; start at an earlier step"))
-    return choices
+    return first, last
 
 
 def _check_earlier_steps(earlier: Sequence[Step], chosen: Sequence[Step], decisions: Mapping[str, Decision]) -> None:
-    """Raise a `UserError` if steps before `--from` are due whose output the chosen steps read."""
+    """Raise a `UserError` if the chosen steps read the output of a step before `--from` that is due itself."""
     needs: set[str] = set()
     for step in chosen:
         if step.kind not in ("evaluate", "report"):
@@ -121,29 +131,39 @@ def _check_earlier_steps(earlier: Sequence[Step], chosen: Sequence[Step], decisi
 
 
 def decide(
-    steps: Sequence[Step], record: RunRecord, again: Collection[str] = (), forced: Collection[str] = ()
+    steps: Sequence[Step], record: RunRecord, repeated: Collection[str] = (), forced: Collection[str] = ()
 ) -> dict[str, Decision]:
-    """Decide what to do about each step, by name; each comes after the steps that it needs.
+    """Decide what to do about each step.
 
-    Steps in `again` run even if they have finished. The output of those in `forced` is deleted, and they start again.
+    Args:
+        steps: The steps, each after the steps that it needs.
+        record: The record of the run.
+        repeated: Names of steps that run even if they have finished. One that was interrupted resumes nevertheless.
+        forced: Names of steps that start from the beginning in any case, and whose earlier output is deleted.
+
+    Returns:
+        The decisions, by the name of the step.
     """
     decisions: dict[str, Decision] = {}
     folders: dict[str, Path] = {}
     for step in steps:
         folders.update(step.data)
-    data = {need: fingerprint(folder) for need, folder in folders.items()}
-    again = {*forced, *filter(record.is_finished, again)}
+    data = {name: fingerprint(folder) for name, folder in folders.items()}
+    restarted = {*forced, *filter(record.is_finished, repeated)}
     for step in steps:
-        decision = _decide_one(step, record, again, decisions, data)
+        decision = _decide_one(step, record, restarted, decisions, data)
         if step.name in record.steps:
-            replaced = _output_in_the_way(step, decision, record.is_finished(step.name))
+            replaced = _replaced_output(step, decision, record.is_finished(step.name))
             decision = replace(decision, replaced=replaced, deletes=step.name in forced)
         decisions[step.name] = decision
     return decisions
 
 
-def _output_in_the_way(step: Step, decision: Decision, is_finished: bool) -> tuple[Path, ...]:
-    """Return the earlier output of a step that starts again. A step that continues keeps its checkpoints."""
+def _replaced_output(step: Step, decision: Decision, is_finished: bool) -> tuple[Path, ...]:
+    """Return the earlier output that a step writes again; without what does not exist and empty folders.
+
+    A step that resumes replaces nothing, and one that continues after it has finished replaces its model.
+    """
     paths: tuple[Path, ...] = ()
     if decision.action == "start":
         paths = step.leftovers
@@ -153,28 +173,32 @@ def _output_in_the_way(step: Step, decision: Decision, is_finished: bool) -> tup
 
 
 def _decide_one(
-    step: Step, record: RunRecord, again: Collection[str], decisions: Mapping[str, Decision], data: Mapping[str, str]
+    step: Step,
+    record: RunRecord,
+    restarted: Collection[str],
+    decisions: Mapping[str, Decision],
+    data: Mapping[str, str],
 ) -> Decision:
-    """Return what to do about a step.
+    """Decide what to do about a step. The first reason that holds, from top to bottom, is the one that is returned.
 
     Args:
         step: The step.
         record: The record of the run.
-        again: Names of the steps that run even if they have finished.
+        restarted: Names of the steps that start from the beginning because the user asked for it.
         decisions: What to do about the steps before it.
         data: Fingerprints of the folders of data that people may have edited, by the step that wrote them.
     """
     entry = record.steps.get(step.name)
     if entry is None:
         return Decision("start", "has not run yet")
-    if step.name in again:
+    if step.name in restarted:
         state = "finished" if record.is_finished(step.name) else "was interrupted"
         return Decision("start", f"{state}, but asked to run again")
 
     # First, compare its settings.
     effective, harmless = find_changes(step, entry.get("values", {}))
     changes = describe_changes(effective or harmless)
-    is_longer = continues(step.output, effective, step.values)
+    is_longer = can_continue(step.output, effective, step.values)
     if effective and not is_longer:
         return Decision("start", f"its configuration changed ({changes})")
 
@@ -182,26 +206,30 @@ def _decide_one(
     due = [need for need in step.needs if need in decisions and decisions[need].action != "skip"]
     if due:
         return Decision("start", f"depends on {', '.join(due)}")
-    inputs = {need: identity for need, identity in entry.get("inputs", {}).items() if need in step.needs}
-    if inputs != record.inputs(step):
+    recorded_inputs = {name: identity for name, identity in entry.get("inputs", {}).items() if name in step.needs}
+    if recorded_inputs != record.inputs(step):
         return Decision("start", "its inputs have been made again")
     recorded_data = entry.get("data", {})
-    edited = [need for need in step.data if recorded_data.get(need, data[need]) != data[need]]
+    edited = [name for name in step.data if recorded_data.get(name, data[name]) != data[name]]
     if edited:
         return Decision("start", f"the data of {', '.join(edited)} were changed")
     files = changed_files(step, entry.get("files"))
+    if len(files) == 1:
+        return Decision("start", f"{files[0]} has changed")
     if files:
-        return Decision("start", f"{', '.join(files)} {'has' if len(files) == 1 else 'have'} changed")
+        return Decision("start", f"{', '.join(files)} have changed")
 
     # Checked last, because more steps from an old checkpoint only make sense if nothing else has changed.
     if is_longer:
         return Decision("continue", f"goes on from its last checkpoint ({changes}), on the schedule of the new total")
     if not record.is_finished(step.name):
-        return Decision("resume", "waits for people's votes" if step.stage.by_people else "was interrupted")
+        if step.stage.by_people:
+            return Decision("resume", "waits for people's votes")
+        return Decision("resume", "was interrupted")
     if not step.is_complete:
         return Decision("start", f"finished, but {step.product} is missing or incomplete")
     if step.stage.launched:
-        # `python -m recipes.sft` may have trained it further since.
+        # `python -m recipes.sft`, called by hand, may have trained it further since.
         total = number_of(newest_state(step.output), "max_steps")
         if total > number_of(step.values, "max_steps") > 0:
             reason = f"was continued to {total} steps outside of this run; raise max_steps to keep that"
@@ -214,15 +242,18 @@ def _decide_one(
 def changed_files(step: Step, recorded: Mapping[str, str] | None) -> list[str]:
     """Return the files outside of the run that a step reads and that have changed since they were recorded.
 
-    `recorded` maps each file to its fingerprint; None, from a run of an early release, means that nothing is known.
-    Runs of releases that did not record the files of functions are not due because of them. As the names of functions
-    are settings, a new one is a change of these.
+    Args:
+        step: The step.
+        recorded: The fingerprint of each file when the step ran. None in a run of an early release, which did not
+            record any; then no file counts as changed.
     """
     if recorded is None:
         return []
     present = {str(path): fingerprint(path) for path in step.files}
     changed: list[str] = []
     for path in dict.fromkeys([*recorded, *present]):
+        # A later release recorded data but not the files of functions, which are no reason to run the step again.
+        # The name of a function is a setting, so a new function is noticed as a change of that.
         is_unrecorded_code = path not in recorded and path.endswith(".py")
         if not is_unrecorded_code and recorded.get(path) != present.get(path):
             changed.append(path)
@@ -230,9 +261,9 @@ def changed_files(step: Step, recorded: Mapping[str, str] | None) -> list[str]:
 
 
 def describe_changes(changes: Changes) -> str:
-    """Name the settings that differ, the shortest first, such as "problems.prompt_column, seed: 0 -> 1".
+    """Return the settings that differ as a phrase, the shortest first: "seed: 0 -> 1, problems.prompt_column".
 
-    Values are only shown if they are short: of a mapping, only the keys that differ are named.
+    Both values are shown if they are short. Of two mappings, only the keys that differ are named.
     """
     texts: list[str] = []
     for name, (earlier, present) in changes.items():
@@ -263,9 +294,13 @@ def differing_keys(name: str, earlier: Mapping[str, Any], present: Mapping[str, 
 def find_changes(step: Step, recorded: Mapping[str, Any]) -> tuple[Changes, Changes]:
     """Return the changes of a step's settings since they were recorded.
 
+    Args:
+        step: The step, with its current settings.
+        recorded: The settings with which it ran.
+
     Returns:
-        The changes that affect what the step writes, and those that do not. An omitted field has its default, so
-        writing down the default has no effect.
+        The changes that affect what the step writes, and the changes that do not. An omitted field has its default,
+        so adding a field with its default value does not affect it.
     """
     present = recorded_values(step)
     if step.kind == "evaluate":
@@ -294,7 +329,18 @@ def find_changes(step: Step, recorded: Mapping[str, Any]) -> tuple[Changes, Chan
 
 
 def _without_defaults(step: Step, changes: Changes, recorded: Mapping[str, Any], present: Mapping[str, Any]) -> Changes:
-    """Return the changes that remain once omitted fields have the defaults of the recipe on both sides."""
+    """Return the changes that remain if omitted fields have their defaults, and values the types of their fields.
+
+    Example:
+        learning_rate: None -> 5e-5, which is the default    no change
+        learning_rate: "1e-4" -> 1e-4                        no change
+
+    Args:
+        step: The step, which has a recipe.
+        changes: Changes as they are written in the YAML files.
+        recorded: All settings with which the step ran.
+        present: All its current settings.
+    """
     # These imports take seconds.
     from pipeline import hardware
     from pipeline.config.output_directory import RECORD
@@ -309,20 +355,27 @@ def _without_defaults(step: Step, changes: Changes, recorded: Mapping[str, Any],
     types = step.argument_types
     hints = field_types(*types)
     defaults: dict[str, Any] = {}
-    for kind in types:
-        defaults.update({item.name: item.default for item in dataclasses.fields(kind)})
-    machine = {name: choice.value for name, choice in hardware.training_defaults().items()}
-
-    def resolve(name: str, values: Mapping[str, Any]) -> Any:
-        if name in hints:
-            # The step itself reports a value of a wrong type.
-            with contextlib.suppress(TypeError):
-                return convert(values.get(name), hints[name])
-        return values.get(name)
-
-    # Training records its arguments in its directory.
+    for arguments in types:
+        defaults.update({item.name: item.default for item in dataclasses.fields(arguments)})
+    # The machine of the earlier run may have had other defaults. Training has recorded them in its output directory.
     earlier_values = {**defaults, **read_json(step.output / RECORD), **recorded}
-    present_values = {**defaults, **machine, **present}
-    return {
-        name: pair for name, pair in changes.items() if resolve(name, earlier_values) != resolve(name, present_values)
-    }
+    machine_defaults = {name: choice.value for name, choice in hardware.training_defaults().items()}
+    present_values = {**defaults, **machine_defaults, **present}
+
+    remaining: Changes = {}
+    for name, values in changes.items():
+        earlier_value = earlier_values.get(name)
+        present_value = present_values.get(name)
+        if name in hints:
+            earlier_value = _converted(earlier_value, hints[name])
+            present_value = _converted(present_value, hints[name])
+        if earlier_value != present_value:
+            remaining[name] = values
+    return remaining
+
+
+def _converted(value: Any, hint: Any) -> Any:
+    """Return a value as the type `hint` of its field, or as it is if it has a wrong type, which the step reports."""
+    with contextlib.suppress(TypeError):
+        return convert(value, hint)
+    return value

@@ -1,4 +1,4 @@
-"""`fourstage plan RECIPES`: estimate what a run takes; nothing is trained or downloaded.
+"""`fourstage plan RECIPES`: estimate the memory, disk, time and cost of a run; nothing is trained or downloaded.
 
     fourstage plan recipes/base --num_processes 8 --gpu h100 --price 2.5
     fourstage plan recipes/pocket --hidden_size 256
@@ -6,8 +6,8 @@
 Options of the recipes override the YAML files. For a stage whose model has N parameters:
 
     FLOPs     tokens x passes x (2 N + attention): a forward pass counts 1, a backward pass 2
-    memory    of a network that is trained, weights 4 N bytes, gradients 4 N (8 N under DDP, which has buckets) and
-              optimizer 8 N (AdamW; others take less), of any other 4 N; a copy of the weights in 16 bits 2 N
+    memory    of a model that is trained: weights 4 N bytes, gradients 4 N (8 N under DDP, which has buckets), optimizer
+              8 N (AdamW; others need less) and, in mixed precision, a copy of the weights 2 N; of any other model: 4 N
     disk      12 N bytes for each checkpoint, and 4 N for the model
     time      FLOPs / (processes x peak x MFU), plus LAYER x layers x positions that are sampled one after the other
 """
@@ -16,7 +16,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,38 +69,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print what each stage of a recipe folder takes. Return 0 even if it does not fit."""
+    """Print the estimate for each stage of a recipe folder. Return 0 even if a stage does not fit into the memory."""
     print(f"reading {args.recipe} ...", file=sys.stderr, flush=True)
     problems: list[Problem] = []
     for name in ("num_processes", "gpu_memory", "tflops", "price", "mfu"):
         value = getattr(args, name)
-        most = 1 if name == "mfu" else math.inf
-        if value is not None and not 0 < value <= most:
+        maximum = 1 if name == "mfu" else math.inf
+        if value is not None and not 0 < value <= maximum:
             problems.append(Problem(f"--{name}", value, "must be above 0, and --mfu at most 1"))
     refuse(*problems)
     planned = read_plan(args.recipe).steps
     machine, steps = _check_steps([step for step in planned if step.stage.module], args)
 
     outputs = Outputs()
-    stages: dict[str, Workload] = {}
-    other_entries: dict[str, dict[str, Any]] = {"other steps": {"hours": 0.0}, "evaluations": {"hours": 0.0}}
+    # The workload of each stage, by the name of its directory.
+    workloads: dict[str, Workload] = {}
+    other_seconds = 0.0
     for step in steps:
         with problems_of(step.name):
             work = read_workload(step, outputs, machine)
         if work is None:
-            text = 1e6 * (step.values.get("size_mb") or 0) + DOCUMENT * (step.values.get("max_train_samples") or 0)
-            other_entries["other steps"]["hours"] += (START + text / TEXT_RATE) / 3600
+            # A step that generates data (`size_mb`) or reads documents, to train a tokenizer, for instance.
+            text_bytes = 1e6 * (step.values.get("size_mb") or 0)
+            text_bytes += DOCUMENT * (step.values.get("max_train_samples") or 0)
+            other_seconds += START + text_bytes / TEXT_RATE
         else:
             print(f"planning {step.output.name} ...", file=sys.stderr, flush=True)
-            stages[step.output.name] = work
-    if stages:
-        first_stage = next(iter(stages.values()))
+            workloads[step.output.name] = work
+    evaluations_seconds = 0.0
+    if workloads:
+        first_workload = next(iter(workloads.values()))
         for step in planned:
             if step.kind == "evaluate":
-                # Untrained models have as many weights as the models trained from them.
-                work = stages.get(step.product.stem, first_stage)
-                other_entries["evaluations"]["hours"] += evaluation_seconds(step, work, machine) / 3600
-    entries = {name: _entry(work, machine) for name, work in stages.items()}
+                # The untrained model has no workload, but as many weights as the first stage, which starts from it.
+                work = workloads.get(step.product.stem, first_workload)
+                evaluations_seconds += evaluation_seconds(step, work, machine)
+    other_entries: dict[str, dict[str, Any]] = {
+        "other steps": {"hours": other_seconds / 3600},
+        "evaluations": {"hours": evaluations_seconds / 3600},
+    }
+    entries = {name: _estimate_stage(work, machine) for name, work in workloads.items()}
     for entry in [*entries.values(), *other_entries.values()]:
         entry["cost"] = machine.cost(entry["hours"])
     if args.json:
@@ -112,44 +120,45 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _check_steps(steps: Sequence[Step], args: argparse.Namespace) -> tuple[Machine, list[Step]]:
-    """Return the machine, and the steps with the options of the command line. Raise a `UserError` for mistakes."""
+    """Return the machine, and the steps with the settings that the command line overrides.
+
+    Raises:
+        UserError: If an option is unknown, a step would reject its settings, or the GPU is unknown.
+    """
     from pipeline import hardware
 
     launch_file = find_launch_file(args.recipe, args.config_file)
     processes = count_processes(args.num_processes, launch_file)
-    # An option applies to all steps that have it.
+    # The argument dataclasses of all steps, each once, in the order of the steps.
     types: dict[type, None] = {}
     for step in steps:
         types |= dict.fromkeys(step.argument_types)
     options, problems = read_command_line(args.overrides, list(types))
     refuse(*problems)
-    changed: list[Step] = []
+    overridden_steps: list[Step] = []
     for step in steps:
-        values = {name: options[name] for name in field_types(*step.argument_types) if name in options}
-        changed.append(replace(step, values={**step.values, **values}))
-    problems = check_steps(changed, processes=processes, rewards=False, data=False)
+        # An option applies to all steps that have such a field.
+        overrides = {name: options[name] for name in field_types(*step.argument_types) if name in options}
+        overridden_steps.append(replace(step, values={**step.values, **overrides}))
+    problems = check_steps(overridden_steps, processes=processes, rewards=False, data=False)
     processor = hardware.find_processor(args.gpu, args.tflops, args.gpu_memory, processes)
     if processor is None:
         remedy = f"is not known; give --tflops and --gpu_memory, or choose from: {', '.join(hardware.CARDS)}"
         raise UserError(*problems, Problem("--gpu", args.gpu, remedy))
     refuse(*problems)
-    return Machine(processes, shards_model(launch_file), processor, args.mfu, args.price), changed
+    machine = Machine(processes, shards_model(launch_file), processor, args.mfu, args.price)
+    return machine, overridden_steps
 
 
-def _entry(work: Workload, machine: Machine) -> dict[str, Any]:
-    """Return what a stage takes, as `--json` prints it."""
+def _estimate_stage(work: Workload, machine: Machine) -> dict[str, Any]:
+    """Return the estimates for a stage, as `--json` prints them; `main` adds the cost."""
     from pipeline.training.checks import disk_bytes
 
     peak = machine.processor.single
-    if work.size == 2 and machine.processor.half:
+    if work.activation_bytes == 2 and machine.processor.half:
         peak = machine.processor.half
     seconds = work.flops / work.processes / (machine.mfu * peak)
-    sampling = 0.0
-    if work.kind.samples:
-        # A batch of answers is sampled position by position, up to the longest answer.
-        positions = work.rows / (work.at_once * work.processes) * work.cut
-        layers = work.model.config.get_text_config().num_hidden_layers
-        sampling = positions * layers * (VLLM_LAYER if work.settings.use_vllm else LAYER)
+    sampling = _sampling_seconds(work)
     parts = {part: round(size) for part, size in memory(work).items()}
     total = sum(parts.values())
     fits = total <= machine.processor.memory
@@ -159,11 +168,11 @@ def _entry(work: Workload, machine: Machine) -> dict[str, Any]:
     elif not fits:
         suggestion = advice(work, machine.processor.memory)
     disk = 0
-    if work.trained:
-        disk = disk_bytes(work.trained, work.settings)[1]
+    if work.trained_parameters:
+        disk = disk_bytes(work.trained_parameters, work.settings)[1]
     return {
         "parameters": work.model.num_parameters(),
-        "tokens": round(work.rows * work.average),
+        "tokens": round(work.sequences * work.mean_tokens),
         "flops": work.flops,
         "memory_bytes": {**parts, "total": total},
         "disk_bytes": disk,
@@ -174,22 +183,42 @@ def _entry(work: Workload, machine: Machine) -> dict[str, Any]:
     }
 
 
+def _sampling_seconds(work: Workload) -> float:
+    """Return the seconds that a stage needs to launch the kernels with which it samples answers; 0 if it samples none.
+
+    The multiplications are among the stage's FLOPs.
+    """
+    if not work.kind.samples:
+        return 0.0
+    seconds_per_layer = LAYER
+    if work.settings.use_vllm:
+        seconds_per_layer = VLLM_LAYER
+    batches = work.sequences / (work.answers_at_once * work.processes)
+    # A batch of answers is sampled position by position, up to the longest answer.
+    positions = batches * work.max_tokens
+    return positions * work.model.config.get_text_config().num_hidden_layers * seconds_per_layer
+
+
 def _print_table(
     entries: Mapping[str, dict[str, Any]], other_entries: Mapping[str, dict[str, Any]], recipe: Path, machine: Machine
 ) -> None:
-    """Print a table of the stages, the assumptions, memory by part, and advice for stages that do not fit.
+    """Print a table of the estimates, the assumptions, the memory by part, and advice for stages that do not fit.
 
-    `entries` is what stages take, as `_entry` returns it, and `other_entries` what evaluations and other steps take.
+    Args:
+        entries: The estimates for each stage, from `_estimate_stage`.
+        other_entries: The hours and the cost of all evaluations and of all other steps.
+        recipe: The recipe folder, as it was typed.
+        machine: The machine that the run is planned for.
     """
     table = {**entries, **other_entries}
     sums: dict[str, Any] = {}
     for key in ("disk_bytes", "hours", "cost"):
         sums[key] = sum(entry.get(key) or 0 for entry in table.values())
-    row = "{:14} {:>10} {:>7} {:>8} {:>6} {:>8} {:>11} {:>11} {:>8}"
+    row_format = "{:14} {:>10} {:>7} {:>8} {:>6} {:>8} {:>11} {:>11} {:>8}"
     print(f"{recipe} on {machine.processes} x {machine.processor}")
-    print(row.format("stage", "parameters", "tokens", "FLOPs", "GB", "disk GB", "time", "sampling", "cost"))
+    print(row_format.format("stage", "parameters", "tokens", "FLOPs", "GB", "disk GB", "time", "sampling", "cost"))
     for name, entry in {**table, "in all": sums}.items():
-        print(row.format(name, *_cells(entry, machine)))
+        print(row_format.format(name, *_format_estimates(entry, machine)))
     print(ASSUMED.format(mfu=machine.mfu))
     print("GB of one process, by part:")
     for name, entry in entries.items():
@@ -200,18 +229,30 @@ def _print_table(
             print(f"{'':14} {'' if entry['fits'] else 'does not fit; '}{entry['advice']}")
 
 
-def _cells(entry: Mapping[str, Any], machine: Machine) -> list[str]:
-    """Return the row of an entry in the table, without its name; what it lacks is empty."""
-    cells = [""] * 7
-    for column, key in enumerate(("parameters", "tokens", "flops")):
-        if key in entry:
-            cells[column] = short_count(entry[key])
-    for column, size in ((3, entry.get("memory_bytes", {}).get("total")), (4, entry.get("disk_bytes"))):
-        if size:
-            cells[column] = f"{size / 1e9:.2f}"
-    for column, key in ((5, "hours"), (6, "sampling_hours")):
-        if entry.get(key):
-            cells[column] = time_in_words(3600 * entry[key])
+def _format_estimates(entry: Mapping[str, Any], machine: Machine) -> list[str]:
+    """Return the eight cells of an entry in the table, after its name; a cell without an estimate is empty."""
+
+    def gigabytes(size: float) -> str:
+        return f"{size / 1e9:.2f}"
+
+    def time_of(hours: float) -> str:
+        return time_in_words(3600 * hours)
+
+    columns: list[tuple[float | None, Callable[[float], str]]] = [
+        (entry.get("parameters"), short_count),
+        (entry.get("tokens"), short_count),
+        (entry.get("flops"), short_count),
+        (entry.get("memory_bytes", {}).get("total"), gigabytes),
+        (entry.get("disk_bytes"), gigabytes),
+        (entry.get("hours"), time_of),
+        (entry.get("sampling_hours"), time_of),
+    ]
+    cells: list[str] = []
+    for number, format_number in columns:
+        cell = ""
+        if number:
+            cell = format_number(number)
+        cells.append(cell)
     cost = "-"
     if machine.price:
         cost = f"{entry['cost']:.2f}"

@@ -1,8 +1,11 @@
 """Make `accelerate launch` end with the exit code of the launched program, and without a traceback of its own.
 
-torch loads the entry points `torchrun.handlers` in every launcher, including `install_exit_hook`, which acts if the
-launcher starts a module of this project. The runner starts this module instead. It accepts the arguments of `accelerate
-launch`, does not need the project to be installed, and checks the launch file.
+There are two ways in:
+
+    a user types `accelerate launch -m recipes.sft ...`    torch calls `install_exit_hook`, because this project
+                                                           registers it as an entry point of `torchrun.handlers`
+    the runner starts `python -m` this module              `main` accepts the arguments of `accelerate launch`, checks
+                                                           the launch file, and needs no installed project
 """
 
 import argparse
@@ -29,17 +32,18 @@ BEYOND_ONE_PROCESS = (
     "cpu", "debug", "enable_cpu_affinity", "log_dir", "mpirun_hostfile", "tpu", "use_cpu", "use_deepspeed", "use_fsdp",
     "use_megatron_lm", "use_parallelism_config",
 )  # fmt: skip
-"""Arguments of `accelerate launch` that affect more than the environment of one process."""
+"""Arguments of `accelerate launch` that do more than set environment variables of one process."""
 
 OTHER_LAUNCHERS = ("multi_gpu", "tpu", "use_deepspeed", "use_fsdp", "use_megatron_lm")
-"""Arguments of `accelerate launch` that start more than a process with another environment, unless `cpu` is given."""
+"""Arguments for which `accelerate launch` uses a launcher that starts workers, unless `cpu` is given. Otherwise, it
+starts the program as one process with other environment variables."""
 
 VALUES: Mapping[str, range | tuple[str, ...]] = {
     **dict.fromkeys(("num_machines", "machine_rank", "main_process_port"), range(1 << 16)),
     "num_processes": range(1, 1 << 16),
     "mixed_precision": ("no", "fp16", "bf16", "fp8"),
 }
-"""Allowed values. accelerate would accept others, and fail with a traceback later."""
+"""Allowed values of a launch file, by key. accelerate would accept others, and fail with a traceback later."""
 
 PLUGIN_OPTIONS = {
     "deepspeed_config": ("deepspeed_", "zero", "offload_", "gradient_"),
@@ -70,7 +74,11 @@ def exit_code(code: int) -> int:
 
 
 def find_launch_file(recipe: Path, config_file: str | None = None) -> str:
-    """Return the launch file: the one that the command names, the recipe folder's, or the one in this folder."""
+    """Return the path of the launch file of accelerate.
+
+    It is `config_file` (`--config_file`), or else `accelerate_config.yaml` in the recipe folder, or else the one in the
+    working folder, or the one that comes with the package.
+    """
     if config_file is not None:
         path = Path(config_file)
     elif os.path.isfile(recipe / LAUNCH_FILE):
@@ -81,7 +89,10 @@ def find_launch_file(recipe: Path, config_file: str | None = None) -> str:
 
 
 def count_processes(num_processes: int | None, launch_file: str) -> int:
-    """Return the number of processes of a training step: from the command, the launch file, or the number of GPUs."""
+    """Return the number of processes of a training step.
+
+    It is `num_processes` (`--num_processes`), or else the number in the launch file, or else one for each GPU.
+    """
     from torch.cuda import device_count
 
     requested = num_processes or read_yaml(launch_file).get("num_processes")
@@ -95,10 +106,13 @@ def shards_model(launch_file: str) -> bool:
     return read_yaml(launch_file).get("distributed_type") in ("FSDP", "DEEPSPEED")
 
 
-def machines(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Return the arguments of `accelerate launch` on one of NUM_MACHINES, or none on a single one.
+def machine_arguments(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """Return the arguments by which `accelerate launch` joins the launchers on the other machines of a cluster.
 
-    MACHINE_RANK (or SLURM_NODEID) is its place among them, and their launchers meet at MASTER_ADDR and MASTER_PORT.
+    Args:
+        environment: Its NUM_MACHINES is the number of machines; without it, there is one, and the result is [].
+            MACHINE_RANK (or SLURM_NODEID) is the place of this machine among them, from 0. The launchers meet at
+            MASTER_ADDR and MASTER_PORT.
     """
     number = environment.get("NUM_MACHINES", "1")
     if number == "1":
@@ -143,7 +157,13 @@ def check_launch_file(path: str, is_named: bool = True) -> Problem | None:
 
 
 def _wrong_value(name: str, value: Any, is_mapping: bool) -> str:
-    """Return what is wrong with a value of a launch file and what to do, as a phrase, or ""."""
+    """Return what is wrong with a value of a launch file and what to do, as a phrase, or "".
+
+    Args:
+        name: The key.
+        value: The value, None if the file does not have the key.
+        is_mapping: Whether the key needs a mapping, such as `fsdp_config`.
+    """
     if is_mapping and not isinstance(value, dict | None):
         return f"{name} must be a mapping; correct it"
     if isinstance(value, dict):
@@ -161,7 +181,10 @@ def _wrong_value(name: str, value: Any, is_mapping: bool) -> str:
 
 
 def install_exit_hook() -> None:
-    """Make a launcher of the project's modules find them, and end with their exit code; torch calls it in each."""
+    """Make this launcher end with the exit code of the program, if it launches a module of this project.
+
+    torch calls this function in every launcher, of any project.
+    """
     modules = [value for option, value in pairwise(sys.argv) if option in ("-m", "--module")]
     if modules and modules[0].split(".")[0] in ("pipeline", "recipes"):
         # The current folder may have its own `recipes.py`.
@@ -171,7 +194,10 @@ def install_exit_hook() -> None:
 
 
 def _end_with_program() -> None:
-    """Exit with the program's code, without messages of torch's agent, and give the program time to save."""
+    """Make this process exit with the program's code, without messages of torch's agent.
+
+    Also give the program time to save after a signal.
+    """
     for name in ("agent.server.api", "multiprocessing.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").addFilter(lambda record: False)
     # Seconds in which processes may save after a signal; torch's default, 30, is short for large models.
@@ -200,9 +226,9 @@ def main(argv: Sequence[str] | None = None, *, forked: bool = False) -> int:
 
     There are three ways, from the fewest processes to the most:
 
-        forked, one process                     this process becomes the program
-        one process, or an environment only     this process is replaced by the program's
-        anything else                           accelerate starts processes and waits for them
+        in a fork of the warm process, for one process        run the program's module in this process
+        if accelerate would only set environment variables    replace this process by the program (exec)
+        otherwise, such as for several processes              let accelerate start processes, and wait for them
 
     Args:
         argv: The arguments of `accelerate launch`, by default those of this process.
@@ -216,7 +242,7 @@ def main(argv: Sequence[str] | None = None, *, forked: bool = False) -> int:
 
     words = list(sys.argv[1:] if argv is None else argv)
     # Options given by the user come last and take precedence.
-    args = launch_command_parser().parse_args([*machines(), *words])
+    args = launch_command_parser().parse_args([*machine_arguments(), *words])
     if args.config_file:
         problem = check_launch_file(args.config_file)
         if problem is not None:
@@ -246,7 +272,7 @@ def main(argv: Sequence[str] | None = None, *, forked: bool = False) -> int:
 
 
 def _is_one_process(args: argparse.Namespace) -> bool:
-    """Return whether arguments of `accelerate launch` ask for one module, in one process without other settings."""
+    """Return whether arguments of `accelerate launch` only ask for one process that runs a module (`-m`)."""
     is_alone = args.num_processes == 1 and (args.num_machines or 1) == 1 and args.gpu_ids == "all"
     changes_more = args.mixed_precision == "fp8" or any(getattr(args, name, None) for name in BEYOND_ONE_PROCESS)
     return bool(args.module) and is_alone and not changes_more

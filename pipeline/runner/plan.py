@@ -1,5 +1,14 @@
 """Read a recipe folder, and plan a run of it: the steps of its YAML files, and the steps that follow from them.
 
+    recipe folder                 plan
+                                  0_random             an untrained model, which only the first pretraining has
+                                  evaluate_0_random
+    1_pretrain.yaml               1_pretrain
+    evaluate.yaml                 evaluate_1_pretrain  one evaluation after each step that writes a model
+    2_sft.yaml                    2_sft                needs 1_pretrain, because its settings name that directory
+                                  evaluate_2_sft
+                                  report
+
 A recipe's paths are in one directory, its `home`. With `--output_dir` or `--smoke`, it writes to another one, the
 `run_dir`. A step's settings keep the paths from its file, so that runs of a recipe in different directories have the
 same settings. Its command's arguments and `output` have the paths of the run.
@@ -26,12 +35,19 @@ from pipeline.stages.kinds import StageKind
 
 RANDOM = STAGES["random"].directory
 RESERVED = ("report", "evaluations", "logs", VOTES, RANDOM, BASE, "run.json", "run.lock", TRASH)
-"""Reserved names in a run's directory, which a step may only write to if its kind's directory has this name."""
+"""Names in a run's directory that the runner uses itself. A step may only write there if its kind's directory has this
+fixed name."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of a run, each after those that it needs, and its directory. `seed` is None if no file sets it."""
+    """A planned run.
+
+    Attributes:
+        steps: Its steps, each after the steps that it needs; the last one is the report.
+        run_dir: Its directory.
+        seed: The seed of its steps; None if neither the command line nor any file sets it.
+    """
 
     steps: tuple[Step, ...]
     run_dir: Path
@@ -40,7 +56,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class StepFile:
-    """The YAML file of a step, such as `3_sft_preferred.yaml`: its stem, the kind of step and its settings."""
+    """The YAML file of a step.
+
+    Attributes:
+        name: Its name without the suffix, such as "3_sft_preferred".
+        kind: The kind of step, "sft".
+        path: The file.
+        values: Its settings.
+    """
 
     name: str
     kind: str
@@ -72,7 +95,7 @@ class Recipe:
         elif smoke:
             run_dir = self.home.with_name(self.home.name + "-smoke")
         _check_run_dir(run_dir, self.folder)
-        steps = _connect(_stage_steps(self, run_dir, seed, smoke), self.home, run_dir)
+        steps = _find_inputs(_stage_steps(self, run_dir, seed, smoke), self.home, run_dir)
 
         # Each model is evaluated right after the step that writes it, with settings that follow from all steps.
         settings = _evaluation_settings(self, steps)
@@ -80,12 +103,14 @@ class Recipe:
         # Tools and graders of evaluations may run unconfined code if a stage's may.
         unconfined = any(step.values.get("allow_unconfined_code") for step in steps)
         planned: list[Step] = []
-        for item in _add_evaluations(steps, settings):
-            if isinstance(item, str):
-                item = _evaluation(item, planned, run_dir, settings, overrides)
-                if unconfined:
-                    item = replace(item, arguments=(*item.arguments, "--allow_unconfined_code"))
-            planned.append(item)
+        for entry in _order_with_evaluations(steps, settings):
+            if isinstance(entry, Step):
+                planned.append(entry)
+                continue
+            evaluation = _evaluation_step(entry, planned, run_dir, settings, overrides)
+            if unconfined:
+                evaluation = replace(evaluation, arguments=(*evaluation.arguments, "--allow_unconfined_code"))
+            planned.append(evaluation)
 
         # People may correct data by hand. Then the steps that read the data are due, but not the step that made them.
         editable = {step.name: step.output for step in steps if step.stage.editable}
@@ -124,9 +149,11 @@ def read_plan(folder: Path, output_dir: Path | None = None, seed: int | None = N
 
 
 def read_recipe(folder: Path) -> Recipe:
-    """Read the files of a recipe folder, or of one that is installed. Raise a `UserError` for what is wrong with them.
+    """Read the files of a recipe folder, or of one that is installed.
 
-    `evaluate.yaml` is read here; what is wrong with its values shows when a run is planned or checked.
+    Raises:
+        UserError: If a file cannot be read, is not a step, or names no directory that it may write to. Wrong values
+            of `evaluate.yaml` are only reported when a run is planned or checked.
     """
     folder = find_shipped(folder)
     files = _read_step_files(folder)
@@ -138,7 +165,7 @@ def read_recipe(folder: Path) -> Recipe:
 
 
 def _read_step_files(folder: Path) -> tuple[StepFile, ...]:
-    """Return the steps' files in the order of the steps."""
+    """Return the steps' files in the order of the steps. Raise a `UserError` with what is wrong with any of them."""
     problems: list[Problem] = []
     kinds = [name for name, stage in STAGES.items() if stage.module]
     files: dict[str, StepFile] = {}
@@ -163,7 +190,8 @@ def _read_step_files(folder: Path) -> tuple[StepFile, ...]:
     refuse(*problems)
 
     def place(file: StepFile) -> tuple[int, int, str]:
-        # Steps of the same number run in the order of `STAGES`, 3_reward before 3_ppo, unless `_in_order` changes that.
+        # Steps of the same number run in the order of `STAGES`, 3_reward before 3_ppo, unless `_sort_by_inputs` changes
+        # that.
         return int(file.name.split("_")[0]), kinds.index(file.kind), file.name
 
     return tuple(sorted(files.values(), key=place))
@@ -175,7 +203,7 @@ def _list_step_files(folder: Path) -> list[Path]:
     try:
         paths = sorted(path for path in folder.iterdir() if re.fullmatch(r"\d+_.+\.ya?ml", path.name))
     except FileNotFoundError as error:
-        raise UserError(Problem("recipe", folder, f"does not exist; {remedy}{_or_download(folder)}")) from error
+        raise UserError(Problem("recipe", folder, f"does not exist; {remedy}{_download_hint(folder)}")) from error
     except OSError as error:
         raise UserError(Problem("recipe", folder, f"cannot be read ({error.strerror}); {remedy}")) from error
     if not paths:
@@ -183,8 +211,8 @@ def _list_step_files(folder: Path) -> list[Path]:
     return paths
 
 
-def _or_download(folder: Path) -> str:
-    """Return how to get a recipe from the Hub, which is not done here; "" if `folder` cannot be a Hub id."""
+def _download_hint(folder: Path) -> str:
+    """Return the command that downloads a recipe from the Hub, as the end of a message; "" if `folder` is no Hub id."""
     name = folder.as_posix()
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@.+)?", name) or folder.parts[0] in ("recipes", "runs"):
         return ""
@@ -196,7 +224,13 @@ def _or_download(folder: Path) -> str:
 
 
 def _check_output_dir(output_dir: object, kind: str, path: Path) -> Problem | None:
-    """Check the directory that a file of this kind names: the runner and a few kinds have fixed names."""
+    """Check that a step file names a directory that its step may write to.
+
+    Args:
+        output_dir: The value in the file, None if it is missing.
+        kind: The kind of step; some kinds have a directory with a fixed name.
+        path: The file.
+    """
     fixed_name = STAGES[kind].directory
     if not isinstance(output_dir, str):
         return Problem("output_dir", path, "must name the directory that this step writes")
@@ -211,7 +245,11 @@ def _check_output_dir(output_dir: object, kind: str, path: Path) -> Problem | No
 
 
 def _find_home(files: Sequence[StepFile], folder: Path) -> Path:
-    """Return the directory that all steps write to, each to a directory of its own in it."""
+    """Return the directory of the run in the files: the common parent of the directories that the steps write.
+
+    Raises:
+        UserError: If the steps do not have one directory each, next to each other.
+    """
     writers: dict[Path, str] = {}
     for file in files:
         output = Path(file.values["output_dir"])
@@ -252,23 +290,24 @@ def _check_run_dir(run_dir: Path, folder: Path) -> None:
 def _stage_steps(recipe: Recipe, run_dir: Path, seed: int | None, smoke: bool) -> list[Step]:
     """Return the steps of a recipe's files, with an untrained model before the first pretraining."""
     home = recipe.home
-    steps: list[Step] = []
+    files: list[StepFile] = []
     for file in recipe.files:
-        # `runs/pocket/2_sft/` and `runs/pocket/2_sft` are the same.
+        # This normalises paths: `runs/pocket/2_sft/` and `runs/pocket/2_sft` are the same.
         values = relocate(file.values, home, home)
         from_scratch = STAGES[file.kind].from_scratch and not values.get("model_name_or_path")
         # A second pretraining, of another architecture, has no untrained model of its own.
-        if from_scratch and RANDOM not in [step.name for step in steps]:
-            untrained = StepFile(RANDOM, "random", file.path, {**values, "output_dir": str(home / RANDOM)})
-            overrides = _overrides("random", untrained.values, seed, smoke)
-            steps.append(_step(untrained, overrides, home, run_dir))
-        overrides = _overrides(file.kind, values, seed, smoke)
-        steps.append(_step(replace(file, values=values), overrides, home, run_dir))
+        if from_scratch and RANDOM not in [earlier.name for earlier in files]:
+            files.append(StepFile(RANDOM, "random", file.path, {**values, "output_dir": str(home / RANDOM)}))
+        files.append(replace(file, values=values))
+    steps: list[Step] = []
+    for file in files:
+        overrides = _overrides(file.kind, file.values, seed, smoke)
+        steps.append(_step_of_file(file, overrides, home, run_dir))
     return steps
 
 
 def _overrides(kind: str, values: Mapping[str, Any], seed: int | None, smoke: bool) -> dict[str, Any]:
-    """Return the settings that the command line of the run changes in a step of this kind."""
+    """Return the settings that `--smoke` and `--seed` change in a step of this kind with these values."""
     overrides: dict[str, Any] = {}
     if smoke:
         overrides = smoke_overrides(kind, values)
@@ -277,8 +316,22 @@ def _overrides(kind: str, values: Mapping[str, Any], seed: int | None, smoke: bo
     return overrides
 
 
-def _step(file: StepFile, overrides: Mapping[str, Any], home: Path, run_dir: Path) -> Step:
-    """Return the step of a file, which writes to `run_dir`; the values of the file contain paths in `home`."""
+def _step_of_file(file: StepFile, overrides: Mapping[str, Any], home: Path, run_dir: Path) -> Step:
+    """Return the step of a file; what it needs is not known yet.
+
+    Example:
+        with home runs/pocket and run_dir runs/mine, the file's `output_dir: runs/pocket/2_sft` becomes the argument
+        `--output_dir runs/mine/2_sft`, and stays `runs/pocket/2_sft` in the step's `values`
+
+    Args:
+        file: The file, whose values contain paths in `home`.
+        overrides: Settings that replace values of the file.
+        home: Directory of the run in the file.
+        run_dir: Directory of the run.
+
+    Raises:
+        UserError: If a path inside a mapping would have to be changed.
+    """
     values = {**file.values, **overrides}
     stage = STAGES[file.kind]
     output = run_dir / Path(values["output_dir"]).name
@@ -306,19 +359,29 @@ def _step(file: StepFile, overrides: Mapping[str, Any], home: Path, run_dir: Pat
 
 
 def _flags(options: Mapping[str, Any]) -> list[str]:
-    """Return settings as words of a command line."""
+    """Return settings as words of a command line: {"a": 1, "b": ["x", "y"]} -> --a 1 --b x y."""
     words: list[str] = []
     for key, value in options.items():
         words += [f"--{key}", *map(str, as_list(value))]
     return words
 
 
-def _connect(steps: Sequence[Step], home: Path, run_dir: Path) -> list[Step]:
-    """Find the steps that each step needs, by the directories in its settings, and the files that it reads."""
+def _find_inputs(steps: Sequence[Step], home: Path, run_dir: Path) -> list[Step]:
+    """Put the steps in order, and return them with the steps that they need and the files that they read.
+
+    Each text in a step's settings may name one of three things:
+
+        runs/pocket/1_pretrain        inside `home`: the step that writes this directory is needed
+        my_package.rewards:length     a function of the user: the file in which it is defined is read
+        data/questions.jsonl          any other path: the file is read
+
+    Raises:
+        UserError: With all paths inside `home` that no earlier step writes and that do not exist either.
+    """
     problems: list[Problem] = []
-    connected: list[Step] = []
+    completed: list[Step] = []
     writers: dict[Path, str] = {}
-    for step in _in_order(steps, home):
+    for step in _sort_by_inputs(steps, home):
         needs: list[str] = []
         files: list[Path] = []
         for key, text in _texts_read_by(step):
@@ -341,13 +404,13 @@ def _connect(steps: Sequence[Step], home: Path, run_dir: Path) -> list[Step]:
                 files.append(path)
             else:
                 problems.append(Problem(f"{step.name}: {key}", text, "no earlier step of this recipe writes it"))
-        connected.append(replace(step, needs=tuple(dict.fromkeys(needs)), files=tuple(files)))
+        completed.append(replace(step, needs=tuple(dict.fromkeys(needs)), files=tuple(files)))
         writers[step.output] = step.name
     refuse(*problems)
-    return connected
+    return completed
 
 
-def _in_order(steps: Sequence[Step], home: Path) -> list[Step]:
+def _sort_by_inputs(steps: Sequence[Step], home: Path) -> list[Step]:
     """Put each step before the steps of the same number that read its output: 3_preferences before 3_sft_preferred."""
     ordered: list[Step] = []
     for step in steps:
@@ -364,7 +427,7 @@ def _in_order(steps: Sequence[Step], home: Path) -> list[Step]:
 
 
 def _texts_read_by(step: Step) -> Iterator[tuple[str, str]]:
-    """Yield the texts in a step's settings, also in lists, that may name what it reads, each with its field."""
+    """Yield the field and the value of each setting that may name what the step reads: any text, also in a list."""
     unread = ["output_dir"]
     if step.stage.file_of:
         # An untrained model does not read the data of the pretraining whose file it shares.
@@ -378,7 +441,11 @@ def _texts_read_by(step: Step) -> Iterator[tuple[str, str]]:
 
 
 def _evaluation_settings(recipe: Recipe, steps: Sequence[Step]) -> dict[str, Any]:
-    """Return the settings of all evaluations: evaluate.yaml, completed from the stages' settings."""
+    """Return the settings of all evaluations: evaluate.yaml, completed from the stages' settings.
+
+    Raises:
+        UserError: If `evaluate.yaml` names a path in the run that no step writes, or an opponent that is not a stage.
+    """
     home = recipe.home
     content = relocate(recipe.evaluation, home, home)
     facts = RunFacts.of_stages([(step.output.name, step.kind, step.values) for step in steps], home)
@@ -403,8 +470,16 @@ def _evaluation_settings(recipe: Recipe, steps: Sequence[Step]) -> dict[str, Any
     return settings
 
 
-def _add_evaluations(steps: Sequence[Step], settings: Mapping[str, Any]) -> list[Step | str]:
-    """Return the steps and, after each one that writes a model, the name of its directory, for its evaluation."""
+def _order_with_evaluations(steps: Sequence[Step], settings: Mapping[str, Any]) -> list[Step | str]:
+    """Return the order of steps and evaluations, in which an evaluation is the name of the directory that it measures.
+
+    Example:
+        [step 1_pretrain, "1_pretrain", step 2_sft, "2_sft"]
+
+    Args:
+        steps: The steps of the stages, in order.
+        settings: The settings of all evaluations.
+    """
     order: list[Step | str] = []
     for step in steps:
         # A model from the Hub is measured once, before the first stage that starts from it.
@@ -413,18 +488,20 @@ def _add_evaluations(steps: Sequence[Step], settings: Mapping[str, Any]) -> list
         order.append(step)
         if step.stage.measured:
             order.append(step.output.name)
-    # The opponent is measured when the judge is trained, because its baselines need the judge.
+    # The opponent is measured after the judge has been trained, because its baselines need the judge.
     against = settings["against"]
     judge = Path(str(settings["judge"]))
     if judge.parent == Path(settings["home"]) and judge.name in order and against in order:
-        trained = order.index(judge.name) - 1
-        if order.index(against) < trained:
+        # The step that trains the judge comes right before the judge's own evaluation.
+        judge_step = order.index(judge.name) - 1
+        if order.index(against) < judge_step:
             order.remove(against)
-            order.insert(trained, against)
+            # Since that step has moved to the place before, this is the place right after it.
+            order.insert(judge_step, against)
     return order
 
 
-def _evaluation(
+def _evaluation_step(
     stage: str, earlier: Sequence[Step], run_dir: Path, settings: Mapping[str, Any], overrides: Mapping[str, Any]
 ) -> Step:
     """Return the step that evaluates a stage on the run's data, against the stage that others are compared with.

@@ -29,11 +29,15 @@ def check_steps(
     rewards: bool = True,
     data: bool = True,
 ) -> list[Problem]:
-    """Return wrong or contradictory values, and inputs that do not exist, prefixed with the step's name.
+    """Return wrong or contradictory settings, and inputs that do not exist, prefixed with the step's name.
 
-    Each step comes after the steps that it needs, and trains with `processes` processes. Only `due` steps are reported
-    (default: all). Without `rewards`, reward functions, which may need packages, are not loaded; without `data`, the
-    user's files are not opened.
+    Args:
+        steps: All steps, each after the steps that it needs: the models that some make are what others start from.
+        due: Names of the steps of which problems are reported; None means all.
+        processes: Number of processes of a training step.
+        rewards: Whether to load reward functions and trainers of the user, which may need packages that are not
+            installed here.
+        data: Whether to open the user's data files, and check their columns and first rows.
     """
     # These imports take seconds.
     from pipeline.evaluation.checks import check
@@ -44,9 +48,9 @@ def check_steps(
     quiet_libraries()
     problems: list[Problem] = []
     steps = list(steps)
-    # Data that have been checked, because several steps may read the same.
+    # Contents and sources of data that have been checked, because several steps may read the same.
     checked_data: list[tuple[Any, Any]] = []
-    # Configurations of the models that the run makes, by folder.
+    # Configurations of the models that the steps so far make, by `output_dir`.
     configs: dict[str, Any] = {}
     for step in steps:
         # A step that shares the file of another step is checked with that step.
@@ -70,33 +74,46 @@ def check_steps(
         problems += _check_measured_data(values)
     limit = values.get("max_new_tokens")
     if isinstance(limit, int):
-        contexts = [_context(config) for config in configs.values()]
+        # An answer must fit into the shortest context of all models.
+        contexts = [_context_length(config) for config in configs.values()]
         shortest = min(filter(None, contexts), default=None)
         problems += check_lengths(shortest, **{"evaluate.yaml: max_new_tokens": limit})
     return problems
 
 
-def _context(config: Any) -> int | None:
-    """Return how many tokens a model reads at most, by its configuration; None if that does not say it."""
+def _context_length(config: Any) -> int | None:
+    """Return the maximum number of tokens of a model's input; None if its configuration does not say it."""
     length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return length
 
 
 def _check_step(step: Step, configs: dict[str, Any], processes: int, rewards: bool) -> list[Problem]:
-    """Check one step, and add the configuration of the model that it writes to `configs`, by folder."""
+    """Return what is wrong with one step, and add the configuration of the model that it makes to `configs`.
+
+    Args:
+        step: The step, which has a recipe.
+        configs: Configurations of the models that earlier steps make, by `output_dir`; changed in place.
+        processes: Number of processes of a training step.
+        rewards: Whether to load reward functions.
+    """
     from transformers import TrainingArguments
     from trl import ModelConfig
 
     from pipeline.config.parser import check_values
     from pipeline.models.checks import check_lengths
     from pipeline.training.checks import preflight
+    from pipeline.training.custom_trainer import TrainerArguments, load_trainer
     from pipeline.training.inputs import check_weights
 
     types = step.argument_types
+    # The instances of the recipe's argument dataclasses, without those that cannot be built.
     arguments: list[Any] = []
     problems: list[Problem] = []
     if types:
         arguments, problems = check_values(step.values, types, processes)
+    home = Path(step.values["output_dir"]).parent
+
+    # Settings that contradict each other or this machine, and inputs that do not exist.
     training = next((item for item in arguments if isinstance(item, TrainingArguments)), None)
     sampling = next((item for item in arguments if hasattr(item, "preflight")), None)
     if training is not None:
@@ -105,18 +122,24 @@ def _check_step(step: Step, configs: dict[str, Any], processes: int, rewards: bo
         problems += resolve_name(step.stage.check)(step.values)
     if sampling is not None and rewards:
         problems += sampling.preflight(training, None, None, early=True)
-    problems += _check_inputs(arguments, Path(step.values["output_dir"]).parent)
+    custom = next((item for item in arguments if isinstance(item, TrainerArguments)), None)
+    if custom is not None and custom.trainer is not None and rewards:
+        with collect(problems):
+            load_trainer(custom.trainer, resolve_name(step.stage.trainer))
+    problems += _check_inputs(arguments, home)
 
+    # Settings that do not suit the model that the step starts from.
     config = None
     with collect(problems):
-        config = _find_config(arguments, configs, Path(step.values["output_dir"]).parent)
+        config = _find_config(arguments, configs, home)
     if config is None:
         return problems
     if step.stage.measured:
+        # Training does not change the configuration.
         configs[str(step.values["output_dir"])] = config
-    field = step.stage.length or "max_new_tokens"
-    longest = next((getattr(item, field) for item in arguments if hasattr(item, field)), None)
-    problems += check_lengths(_context(config), **{field: longest})
+    length_field = step.stage.length or "max_new_tokens"
+    length = next((getattr(item, length_field) for item in arguments if hasattr(item, length_field)), None)
+    problems += check_lengths(_context_length(config), **{length_field: length})
     loading = next((item for item in arguments if isinstance(item, ModelConfig)), None)
     if training is not None and loading is not None:
         problems += check_weights(copy.deepcopy(config), training, loading, sampling, early=True)
@@ -124,14 +147,20 @@ def _check_step(step: Step, configs: dict[str, Any], processes: int, rewards: bo
 
 
 def _check_inputs(arguments: Sequence[Any], home: Path) -> list[Problem]:
-    """Check that models and data sets are named, and that their paths exist or will be made by the run in `home`."""
+    """Return required models and data sets that are not named, and paths that do not exist.
+
+    Args:
+        arguments: Instances of the recipe's argument dataclasses.
+        home: Directory of the run in the recipe. What is missing there will be made by an earlier step.
+    """
     problems: list[Problem] = []
     for item in arguments:
         for field in (*READ, "chat_template_path"):
             if not hasattr(item, field):
                 continue
             names = as_list(getattr(item, field))
-            if field in ("model_name_or_path", "dataset_name") and not all(names or [None]):
+            is_required = field in ("model_name_or_path", "dataset_name")
+            if is_required and (not names or not all(names)):
                 problems.append(Problem(field, "nothing", "give a Hub id, a file or a folder"))
             for name in filter(None, names):
                 is_missing = is_missing_path(name) or (field == "chat_template_path" and not os.path.exists(name))
@@ -141,9 +170,15 @@ def _check_inputs(arguments: Sequence[Any], home: Path) -> list[Problem]:
 
 
 def _find_config(arguments: Sequence[Any], configs: Mapping[str, Any], home: Path) -> Any:
-    """Return the configuration of the model that is trained or read; None if it is on the Hub, or not known.
+    """Return the configuration of the model that a step starts from; None if it is on the Hub, or unknown.
 
-    `configs` are those of the models that earlier steps make. Raise a `UserError` if it is wrong.
+    Args:
+        arguments: Instances of the recipe's argument dataclasses.
+        configs: Configurations of the models that earlier steps make, by `output_dir`.
+        home: Directory of the run in the recipe. Its models are not read, because they may be made again.
+
+    Raises:
+        UserError: If the model from scratch cannot be built, or the configuration cannot be loaded.
     """
     from pipeline.models.loading import load_config, user_error_for
     from pipeline.models.scratch import ScratchArguments, build_empty
@@ -162,7 +197,12 @@ def _find_config(arguments: Sequence[Any], configs: Mapping[str, Any], home: Pat
 
 
 def _check_data(step: Step, checked_data: list[tuple[Any, Any]]) -> list[Problem]:
-    """Check the columns and first rows of a step's data that the user wrote, unless they are among `checked_data`."""
+    """Return what is wrong with the columns and first rows of the user's data that a step reads.
+
+    Args:
+        step: The step, which has a recipe.
+        checked_data: Contents and sources that have been checked, which are not checked again; changed in place.
+    """
     from pipeline.config.parser import check_values
     from pipeline.data.arguments import DataArguments
 
@@ -183,11 +223,14 @@ def _check_data(step: Step, checked_data: list[tuple[Any, Any]]) -> list[Problem
     if (step.stage.data, source) in checked_data:
         return []
     checked_data.append((step.stage.data, source))
-    return _faults_of(source, step.stage.data)
+    return _check_first_rows(source, step.stage.data)
 
 
 def _check_measured_data(values: Mapping[str, Any]) -> list[Problem]:
-    """Check the columns and first rows of the user's data in `evaluate.yaml` that no stage trains on."""
+    """Return what is wrong with the columns and first rows of the user's data that only evaluations read.
+
+    `values` are the settings of the evaluations, as in their steps.
+    """
     from pipeline.evaluation.evaluate_yaml import Source
 
     problems = []
@@ -199,20 +242,26 @@ def _check_measured_data(values: Mapping[str, Any]) -> list[Problem]:
         if any(Path(name).is_relative_to(values["home"]) for name in source.dataset_names):
             continue
         splits = [source.dataset_test_split, "test", "validation", source.dataset_train_split]
-        for problem in _faults_of(source, held_out.data, splits):
+        for problem in _check_first_rows(source, held_out.data, splits):
             problems.append(dataclasses.replace(problem, field=f"evaluate.yaml: {key}: {problem.field}"))
     return problems
 
 
-def _faults_of(source: Any, kind: Any, splits: Sequence[str] = ()) -> list[Problem]:
-    """Return what `check_first_rows` rejects; what it logs, the step logs again."""
+def _check_first_rows(source: Any, content: Any, splits: Sequence[str] = ()) -> list[Problem]:
+    """Return what `check_first_rows` rejects. Its warnings are not printed, because the step repeats them.
+
+    Args:
+        source: The data set, as `DataArguments` or `Source`.
+        content: What its rows have to contain, as in `StageKind.data`.
+        splits: Names of splits, of which the first that exists is checked; () for the training split.
+    """
     from pipeline.data.splits import check_first_rows
 
     problems: list[Problem] = []
     logging.disable(logging.WARNING)
     try:
         with collect(problems):
-            check_first_rows(source, kind, splits)
+            check_first_rows(source, content, splits)
     finally:
         logging.disable(logging.NOTSET)
     return problems

@@ -1,4 +1,11 @@
-"""The record of a run (`run.json`), by step, and the trash for the earlier output of steps that start again."""
+"""The record of a run, and the trash for the earlier output of steps that start again.
+
+    runs/pocket/run.json           `RunRecord`: with which settings and inputs each step ran, and for how long
+    runs/pocket/.trash/<time>/     `clear`: what was in the way when a step started again, at its place in the run
+
+Whether a step is due (`pipeline.runner.due`) is found by comparing the record with the current settings and with the
+fingerprints of the current inputs.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +30,8 @@ from pipeline.files import read_run, write_text
 from pipeline.runner.steps import Step
 
 READ_WHOLE_BYTES = 64 * 2**20
-"""A larger file is identified by its size and modification time, because reading a whole corpus takes minutes."""
+"""Maximum size of a file whose content is hashed. A larger one is identified by its size and modification time, because
+reading a whole corpus takes minutes."""
 
 TRASH = ".trash"
 """Folder in a run's directory. Each command that moves something there makes a subfolder named by the time."""
@@ -31,9 +39,9 @@ TRASH = ".trash"
 
 @dataclass
 class RunRecord:
-    """The content of a run's `run.json`.
+    """The content of a run's `run.json`, as it is read from the file and written to it.
 
-    Its `steps` map the name of each started step to an entry with:
+    `steps` maps the name of each step that was started to an entry with:
 
     - `id`, which changes whenever the step starts from the beginning or continues; `values`, its settings
     - `inputs`, the `id` of each step that it was made from; `data` and `files`, fingerprints of its other inputs
@@ -45,7 +53,15 @@ class RunRecord:
     - `lost`, the rows that it truncated or dropped, `evaluated_on`, `read` and, in a smoke run, `first_row`: what it
       reported about its data, if anything (see `pipeline.progress`)
 
-    Its `since` names its first own step, if it shares the earlier ones with the enclosing run.
+    Next to `steps`, there are facts about the whole run:
+
+    - `since`, in the run of one seed, names its first own step, if it shares the earlier ones with the enclosing run
+    - `recipe`, `seed` and `smoke`, from the last command
+
+    Attributes:
+        path: The file, which need not exist yet.
+        content: All that it says; change it by `update`.
+        steps: The entries of the steps, by name; they are part of `content`.
     """
 
     path: Path
@@ -76,22 +92,28 @@ class RunRecord:
         return {need: self.steps[need]["id"] for need in step.needs if self.is_finished(need)}
 
     def update(self, **facts: Any) -> None:
-        """Record facts about the whole run."""
+        """Add facts about the whole run, and write the file."""
         self.content.update(facts)
         write_text(self.path, json.dumps(self.content, indent=1) + "\n")
 
     def start(self, step: Step, action: str, command: str) -> None:
-        """Record that a step starts, resumes or continues, with its shell `command`."""
+        """Record that a step starts, resumes or continues.
+
+        Args:
+            step: The step.
+            action: What it does, as in `pipeline.runner.due.Decision`.
+            command: Its command, as a user types it.
+        """
         earlier: Mapping[str, Any] = {}
         if action != "start":
-            # A step that resumes adds to its seconds.
+            # A step that resumes or continues adds to its seconds.
             earlier = self.steps.get(step.name, {})
-        identity = None
+        # A new id makes the steps due that depend on this one. Only a step that resumes makes the same model as before.
+        identity = secrets.token_hex(8)
         if action == "resume":
-            identity = earlier.get("id")
-        # If its length changes, it gets a new id: dependent steps are due.
+            identity = earlier.get("id") or identity
         self.steps[step.name] = {
-            "id": identity or secrets.token_hex(8),
+            "id": identity,
             "values": recorded_values(step),
             "inputs": self.inputs(step),
             "data": {name: fingerprint(folder) for name, folder in step.data.items()},
@@ -107,7 +129,15 @@ class RunRecord:
         self.update()
 
     def stop(self, step: Step, seconds: float, finished: bool, peak_memory: int = 0, lost: object = ()) -> None:
-        """Record the end of a step after `seconds` more, with its memory and the rows that it truncated or dropped."""
+        """Record that a step has ended.
+
+        Args:
+            step: The step.
+            seconds: How long this attempt took, which is added to the earlier ones.
+            finished: Whether the step is complete.
+            peak_memory: Resident bytes of its largest process, 0 if unknown.
+            lost: The rows that it truncated or dropped (see `pipeline.progress.report_lost`), empty or None for none.
+        """
         entry = self.steps[step.name]
         if lost:
             entry["lost"] = lost
@@ -125,12 +155,12 @@ def _now() -> str:
 
 
 def share_steps(steps: Sequence[Step], run_dir: Path, seed_dir: Path, since: str) -> None:
-    """Link the output of finished steps of a run into a new run, so that it need not run them again.
+    """Link the output of a run's finished steps into the new run of another seed, which need not run them again.
 
-    Checkpoints are left out.
+    Checkpoints are left out, because only a step that trains further needs them.
 
     Args:
-        steps: The steps to share, finished or not.
+        steps: The steps to share; the steps among them that have not finished are left out.
         run_dir: Directory of the run.
         seed_dir: Directory of the new run.
         since: Name of the first step that is not shared, which the record of the new run gets.
@@ -153,20 +183,25 @@ def share_steps(steps: Sequence[Step], run_dir: Path, seed_dir: Path, since: str
 
 
 def _link(source: str | Path, target: str | Path) -> None:
-    # It exists if an earlier attempt was interrupted.
+    """Make a hard link `target` to the file `source`, unless an interrupted attempt has already made it."""
     with contextlib.suppress(FileExistsError):
         os.link(source, target)
 
 
 def clear(paths: Sequence[Path], trash: Path | None, exception: str = "") -> list[Path]:
-    """Move files, and the contents of directories, to the trash, or delete them.
+    """Move files and the contents of directories to the trash, or delete them.
 
     The directories themselves stay, because they may be links to another disk.
 
+    Example:
+        clear([run / "2_sft"], run / ".trash/2026-01-31T12-00-00", exception="checkpoint-*")
+        moves runs/x/2_sft/config.json to runs/x/.trash/2026-01-31T12-00-00/2_sft/config.json, for instance, and
+        leaves runs/x/2_sft/checkpoint-100 where it is.
+
     Args:
         paths: Files and directories in the run's directory; some may not exist.
-        trash: Folder `<run>/.trash/<time>`, where each gets the place that it had in the run; None to delete them.
-        exception: Pattern of the names of files that are not moved.
+        trash: Folder `<run>/.trash/<time>`; None to delete the files.
+        exception: Pattern of names that stay when files are moved.
 
     Returns:
         The paths that existed.
@@ -201,27 +236,27 @@ def _delete(path: Path) -> None:
 
 
 def recorded_values(step: Step) -> dict[str, Any]:
-    """Return the step's settings in the form in which they are read back from `run.json`."""
-    # Secrets are neither written to disk nor hashed.
-    secrets_of_users = ("hub_token", "push_to_hub_token", "token", "api_key", "password")
-    values = {key: value for key, value in step.values.items() if key not in secrets_of_users}
+    """Return the step's settings as `run.json` keeps them: as JSON values, and without secrets."""
+    secret_fields = ("hub_token", "push_to_hub_token", "token", "api_key", "password")
+    values = {key: value for key, value in step.values.items() if key not in secret_fields}
     variables = values.get("env")
     if isinstance(variables, Mapping):
-        # Environment variables may contain secrets.
+        # The values of environment variables may be secrets, so only their names are kept.
         values["env"] = sorted(map(str, variables))
     return json.loads(json.dumps(values, default=str))
 
 
 def fingerprint(path: Path) -> str:
-    """Hash the content of a file or of all files in a folder; for large or unreadable files, their size and time.
+    """Return a hash of a file, or of all files in a folder, which changes when their content does.
 
-    Renaming a file in the folder changes the hash; moving the whole folder does not.
+    Of large or unreadable files, the size and the modification time are hashed. Renaming a file in the folder changes
+    the hash; moving the whole folder does not. A path that does not exist has the hash of nothing.
     """
     # In a folder of people's votes, all other files are derived from the votes, or serve to collect more of them.
     if (path / VOTES_FILE).is_file():
         path /= VOTES_FILE
     digest = hashlib.sha256()
-    # No votes are no file: the page makes an empty one as soon as it is opened.
+    # The page makes an empty file of votes as soon as it is opened, which must not differ from no file.
     if path.name == VOTES_FILE and path.is_file() and path.stat().st_size == 0:
         return digest.hexdigest()
     files = [path]
@@ -231,10 +266,10 @@ def fingerprint(path: Path) -> str:
         name = "" if file == path else file.relative_to(path).as_posix()
         status = file.stat()
         digest.update(f"{name}\0{status.st_size}\0".encode())
-        content = str(status.st_mtime_ns).encode()
+        identity = str(status.st_mtime_ns).encode()
         if status.st_size <= READ_WHOLE_BYTES:
             # The step itself reports a file that cannot be read.
             with contextlib.suppress(OSError):
-                content = file.read_bytes()
-        digest.update(content)
+                identity = file.read_bytes()
+        digest.update(identity)
     return digest.hexdigest()

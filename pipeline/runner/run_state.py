@@ -35,30 +35,37 @@ class Stage:
 
 @dataclass
 class Progress:
-    """The running step's reports, and their times, by `time.monotonic`.
+    """What the running step has reported, from which its speed is computed. Times are by `time.monotonic`.
+
+    The speed is measured between two reports. The units before `speed_from` are slow, because models are compiled:
+
+        done   80 ------------ 81 --------------------- 90
+               initial_done    speed_from               last_report
 
     Attributes:
         began: Time at which the step began.
         facts: The last value of each fact, see `pipeline.progress`.
-        begin: Units done at the first report.
-        first, last: Time and number of units of the second report, before which models are compiled, and of the last.
+        initial_done: Units that were done at the first report; more than 0 if the step was resumed.
+        speed_from: Time of the first report of more units than that, and how many they were.
+        last_report: Time of the last report, and how many units were done.
     """
 
     began: float = 0.0
     facts: dict[str, Any] = field(default_factory=dict)
-    begin: int = 0
-    first: tuple[float, int] = (0.0, 0)
-    last: tuple[float, int] = (0.0, 0)
+    initial_done: int = 0
+    speed_from: tuple[float, int] = (0.0, 0)
+    last_report: tuple[float, int] = (0.0, 0)
 
     def update(self, facts: Mapping[str, Any]) -> None:
-        """Process a report."""
+        """Add the facts of a report, which replace their earlier values."""
         if "done" in facts:
-            self.last = (time.monotonic(), facts["done"])
+            self.last_report = (time.monotonic(), facts["done"])
+            # Another total means that the step counts something else from now on.
             if facts["total"] != self.facts.get("total"):
-                self.begin = facts["done"]
-            # The first units are slow, because models are compiled. The speed is measured after them.
-            if self.first[1] <= self.begin:
-                self.first = self.last
+                self.initial_done = facts["done"]
+            _, measured_from = self.speed_from
+            if measured_from <= self.initial_done:
+                self.speed_from = self.last_report
         self.facts.update(facts)
 
     @property
@@ -67,17 +74,19 @@ class Progress:
         return time.monotonic() - self.began
 
     @property
-    def left(self) -> float | None:
-        """Seconds that the step still takes at its own speed; None if that is unknown."""
-        first_time, first_done = self.first
-        last_time, last_done = self.last
+    def seconds_left(self) -> float | None:
+        """Seconds that the step still takes at its own speed; None until two reports have shown the speed."""
+        first_time, first_done = self.speed_from
+        last_time, last_done = self.last_report
         if last_done == first_done:
             return None
         seconds_per_unit = (last_time - first_time) / (last_done - first_done)
         seconds = seconds_per_unit * (self.facts["total"] - self.facts["done"])
-        return max(seconds - (time.monotonic() - last_time), 0.0)
+        since_report = time.monotonic() - last_time
+        return max(seconds - since_report, 0.0)
 
     def __str__(self) -> str:
+        """Return the progress in one line: "120/400  loss 0.5", or "110 of 400 answers"; "" before any report."""
         facts = self.facts
         parts: list[str] = []
         if "unit" in facts:
@@ -101,10 +110,10 @@ class RunState:
         run_dir: Directory of the run.
         stages: What is shown of each stage, by its directory.
         due: The steps that this command runs.
-        running: The running step, if any.
+        running: The running step, None between two steps.
         progress: Reports of the running step, or of the last one.
-        taken: Seconds of the steps that have finished, by name.
-        expected: Seconds that the steps that are due are expected to take, by name.
+        taken: Seconds of the steps that this command has finished, by name.
+        expected: Seconds that each step that is due is expected to take on the machine of an earlier run, by name.
 
     Args:
         run_dir: Directory of the run.
@@ -126,12 +135,13 @@ class RunState:
         self._is_smoke = is_smoke
         models = [step for step in steps if step.stage.measured]
         self._aims = {stage_name(step): step.stage.aims for step in models}
-        # A stage starts from a model that it needs or, if no setting names one, from one of the first two.
+        # The models that a stage may start from, the likeliest last: the models that it reads or, if no setting names
+        # one, the untrained model or the one from the Hub.
         outputs = {step.name: stage_name(step) for step in models}
-        self._starts: dict[str, list[str]] = {}
+        self._initial_models: dict[str, list[str]] = {}
         for step in models:
             models_read = [outputs[need] for need in step.needs if need in outputs]
-            self._starts[stage_name(step)] = [STAGES["random"].directory, BASE, *models_read]
+            self._initial_models[stage_name(step)] = [STAGES["random"].directory, BASE, *models_read]
         self.stages: dict[str, Stage] = {}
         for step, decision in decisions:
             directory = stage_name(step)
@@ -158,7 +168,14 @@ class RunState:
         self.stages[stage_name(step)].status = "running"
 
     def end(self, step: Step, seconds: float, finished: bool, for_people: bool = False) -> Stage:
-        """Note that a step has ended after `seconds`, perhaps because it waits `for_people`. Return its stage."""
+        """Note that a step has ended, and return its stage.
+
+        Args:
+            step: The step.
+            seconds: How long it ran.
+            finished: Whether it is complete; otherwise, it was stopped or has failed.
+            for_people: Whether it ended because it waits for people's votes.
+        """
         directory = stage_name(step)
         stage = self.stages[directory]
         stage.seconds += seconds
@@ -178,36 +195,57 @@ class RunState:
         lost = self.progress.facts.get("lost")
         if lost:
             stage.lost = ", ".join(f"{item['rows']:,} of {item['of']:,} {item['what']}" for item in lost)
-        steps = [step for step in self.due if stage_name(step) == directory]
-        remaining = [step for step in steps if step.name not in self.taken]
-        stage.status = "waiting" if remaining else "done"
+        # The stage is done once its evaluation has finished as well.
+        remaining = [step for step in self.due if stage_name(step) == directory and step.name not in self.taken]
+        stage.status = "done"
+        if remaining:
+            stage.status = "waiting"
         return stage
 
     def seconds_left(self) -> tuple[float | None, float | None]:
-        """Return the seconds left for the running step, by its reports, and for the whole run; None if unknown.
+        """Return the seconds left for the running step and for the whole run; each is None if it is unknown.
 
-        The steps that are due take their earlier times, scaled by the speed of this run: the time that the steps so
-        far have taken, divided by the time that they took earlier.
+        The running step is timed by its own reports. A step that waits is expected to take as long as in an earlier
+        run, times the slowdown of this run: 60 s become 120 s if the finished steps took twice their earlier time.
         """
-        running = ""
         step_left = None
         if self.running is not None:
-            running = self.running.name
-            step_left = self.progress.left
-        # A resumed step takes less than its usual time, so it says nothing about the speed of this machine.
-        measured = {name: seconds for name, seconds in self.taken.items() if name not in self._resumed}
-        if step_left is not None and running not in self._resumed:
-            measured[running] = self.progress.elapsed + step_left
-        expected = sum(self.expected[name] for name in measured)
-        # The expected seconds are from recipes/pocket. Short first steps do not show how long training takes here.
-        if self._is_guess and expected <= sum(self.expected.values()) / 20:
+            step_left = self.progress.seconds_left
+        slowdown = self._slowdown(step_left)
+        if slowdown is None:
             return step_left, None
-        speed = sum(measured.values()) / expected if expected else 1.0
-        if running and step_left is None and not self._is_guess:
-            step_left = max(speed * self.expected[running] - self.progress.elapsed, 0.0)
-        # Everything else takes its earlier time, scaled to the speed of this run.
-        waiting = sum(self.expected[step.name] for step in self.due if step.name not in (*self.taken, running))
-        return step_left, (step_left or 0.0) + speed * waiting
+        if self.running is not None and step_left is None and not self._is_guess:
+            # It reports nothing, so it is expected to take as long as in the earlier run.
+            step_left = max(slowdown * self.expected[self.running.name] - self.progress.elapsed, 0.0)
+        waiting = [step for step in self.due if step is not self.running and step.name not in self.taken]
+        run_left = slowdown * sum(self.expected[step.name] for step in waiting)
+        if step_left is not None:
+            run_left += step_left
+        return step_left, run_left
+
+    def _slowdown(self, step_left: float | None) -> float | None:
+        """Return the seconds that the steps of this run take, divided by the seconds that they were expected to take.
+
+        Args:
+            step_left: Seconds left for the running step by its own reports, with which it counts as well; None if
+                they are unknown.
+
+        Returns:
+            The quotient, 1.0 if no step has been timed yet. None if the expected seconds are only a guess, and the
+            steps that have been timed are too short to check it.
+        """
+        seconds = dict(self.taken)
+        if self.running is not None and step_left is not None:
+            seconds[self.running.name] = self.progress.elapsed + step_left
+        # A resumed step takes less than its usual time, so it says nothing about the speed of this machine.
+        timed = [name for name in seconds if name not in self._resumed]
+        expected = sum(self.expected[name] for name in timed)
+        # The guess is the seconds of recipes/pocket. Its short first steps do not show how long training takes here.
+        if self._is_guess and expected <= sum(self.expected.values()) / 20:
+            return None
+        if not expected:
+            return 1.0
+        return sum(seconds[name] for name in timed) / expected
 
     @property
     def doing(self) -> str:
@@ -229,37 +267,55 @@ class RunState:
         return f"waits for {number} {facts['unit']}"
 
     def main_metric(self, stage: str) -> str:
-        """Return the first aim of a stage that was measured, such as "win rate 0.507 -> 0.772"; "" if none was.
+        """Return the main metric of a stage, and how training has changed it: "win rate 0.507 -> 0.772".
 
-        The first number is the metric of the stage that it starts from, if that stage was measured, too.
+        This is the first of the stage's aims that was measured. The earlier value is left out if the model that the
+        stage starts from was not measured by it. Return "" if no aim was measured.
         """
-        starts = [name for name in reversed(self._starts.get(stage, [])) if name != stage]
-        results = [self._metrics(name) for name in (stage, *starts)]
-        for metric in self._aims.get(stage) or ("bits_per_byte",):
-            entry = results[0].get(metric, {})
+        metrics = self._metrics(stage)
+        # A model from the Hub (`BASE`) has no aims, but bits per byte.
+        for name in self._aims.get(stage) or ("bits_per_byte",):
+            entry = metrics.get(name, {})
             if entry.get("value") is None:
                 continue
-            info = metric_info(metric)
-            values = [result[metric]["value"] for result in results if result.get(metric, {}).get("value") is not None]
-            # The values are of the stage, and then of those that it starts from, the nearest first.
-            numbers = " -> ".join(f"{value:.{info.digits}f}" for value in reversed(values[:2]))
-            text = f"{info.label[:1].lower()}{info.label[1:]} {numbers}"
+            info = metric_info(name)
+            text = f"{info.label[:1].lower()}{info.label[1:]} "
+            initial_value = self._initial_value(stage, name)
+            if initial_value is not None:
+                text += f"{initial_value:.{info.digits}f} -> "
+            text += f"{entry['value']:.{info.digits}f}"
             # A share of few rows says little. In a smoke run, none says anything.
             if entry.get("n", FEW_ROWS) < FEW_ROWS and not self._is_smoke:
                 text += f" (n = {entry['n']})"
             return text
         return ""
 
+    def _initial_value(self, stage: str, metric: str) -> float | None:
+        """Return the value of a metric for the model that a stage starts from, or None if it was not measured."""
+        for name in reversed(self._initial_models.get(stage, [])):
+            if name == stage:
+                continue
+            value: float | None = self._metrics(name).get(metric, {}).get("value")
+            if value is not None:
+                return value
+        return None
+
     def _metrics(self, stage: str) -> dict[str, Any]:
         """Return the metrics that were measured on a stage, {} if it was not evaluated."""
         metrics: dict[str, Any] = read_json(self.run_dir / "evaluations" / f"{stage}.json").get("metrics", {})
         return metrics
 
-    def kept(self, step: Step, code: int) -> str:
-        """Say what is kept of a run whose step was stopped by a signal and ended with exit code `code`."""
+    def describe_kept(self, step: Step, code: int) -> str:
+        """Return what a run keeps although a signal has stopped it, such as "the steps before it".
+
+        Args:
+            step: The step that was running when the signal came.
+            code: The exit code with which it ended.
+        """
         facts = self.progress.facts
         if code == 0:
             return f"{step.name}, which had finished, and the steps before it"
+        # A trainer that has saved after the signal ends with the code of that signal.
         if "stopping" in facts and code == 128 + signal.Signals[facts["stopping"]]:
             return f"{step.name} up to {facts['done']} of {facts['total']}, and the steps before it"
         is_training = step.stage.measured and step.stage.launched

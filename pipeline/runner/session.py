@@ -1,8 +1,11 @@
 """One run of a recipe: check the steps that are due, run them one after the other, and say where the report is.
 
-check_run(recipe, options)   reads the record, decides which steps are due, and checks these; writes nothing
-CheckedRun                   the plan and the decisions, as they are handed on
-run_steps(run, ...)          locks the run's directory, runs the steps that are due, pushes what was not pushed
+`fourstage run` calls two functions for each seed:
+
+    run = check_run(recipe, options)    reads the record, decides which steps are due, and checks these; writes nothing
+    code = run_steps(run, ...)          locks the run's directory, runs the steps, and pushes what was not pushed
+
+Between them is the `CheckedRun`, so that all seeds are checked before the first one runs.
 """
 
 import contextlib
@@ -36,15 +39,17 @@ LOCK_FILE = "run.lock"
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What a command line asks of one run; the run of one seed of several differs in `seed`, `output_dir`, `start`.
+    """The options of `fourstage run` for one run.
+
+    With `--seeds`, there is a run for each seed: their options differ in `seed`, `output_dir` and `start`.
 
     Attributes:
         recipe: The recipe folder, as it was typed.
         resume_command: The command that resumes it, for all seeds if there are several.
         output_dir: Directory of the run. Default: the one in the YAML files.
         seed: Seed of every step. Default: the seeds in the YAML files.
-        start: The first step to run, even if it has finished (`--from`).
-        until: The last step to run.
+        start: The first step to run, even if it has finished (`--from`). None: the first that is due.
+        until: The last step to run. None: the last one of the recipe.
         force: Steps whose output is deleted, () for all from `start` on, None for none of them.
         launch_file: Launch file of accelerate.
         num_processes: Processes of each training step. Default: as in the launch file.
@@ -89,14 +94,15 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class CheckedRun:
-    """A run whose steps that are due have been checked.
+    """A run of which the due steps have been checked.
 
     Attributes:
-        options: What the command line asks for.
-        plan: Its steps.
+        options: The options of the command.
+        plan: All steps of the run.
         decisions: What to do about each step from `--from` to `--until`.
-        record: Its record, by which that was decided.
-        was_locked: Whether another command, or a step that outlived its command, was writing to the run at that time.
+        record: The record of the run, on which the decisions are based.
+        was_locked: Whether another command, or a step that outlived its command, was writing to the run when the
+            record was read. The decisions are then made again before the first step runs.
     """
 
     options: RunOptions
@@ -107,7 +113,11 @@ class CheckedRun:
 
 
 def check_run(recipe: Recipe, options: RunOptions) -> CheckedRun:
-    """Plan a run and decide about its steps. Raise a `UserError` for what a due step would reject."""
+    """Plan a run, decide which of its steps are due, and check these; write nothing.
+
+    Raises:
+        UserError: If a step that is due would reject its settings or inputs, or a directory cannot be written to.
+    """
     plan = recipe.plan(options.output_dir, options.seed, options.smoke)
     if not options.dry_run:
         # If this directory cannot be created, neither can those in it.
@@ -115,12 +125,12 @@ def check_run(recipe: Recipe, options: RunOptions) -> CheckedRun:
         outputs = [step.output for step in plan.steps]
         refuse(*map(check_directory, [*outputs, plan.run_dir / "logs"]))
     record = RunRecord.read(plan.run_dir)
-    since = record.content.get("since")
-    if since:
-        # The steps before this one are shared with the enclosing run, and have its seeds.
+    first_own_step = record.content.get("since")
+    if first_own_step:
+        # The steps before it are shared with the enclosing run, and have the seeds of that run.
         shared = recipe.plan(plan.run_dir, None, options.smoke).steps
-        first = [step.name for step in shared].index(since)
-        plan = replace(plan, steps=shared[:first] + plan.steps[first:])
+        place = [step.name for step in shared].index(first_own_step)
+        plan = replace(plan, steps=shared[:place] + plan.steps[place:])
     was_locked = is_locked(plan.run_dir / LOCK_FILE)
     decisions = choose_steps(plan.steps, record, options.start, options.until, options.force)
     due = [step for step, decision in decisions if decision.action != "skip"]
@@ -130,17 +140,22 @@ def check_run(recipe: Recipe, options: RunOptions) -> CheckedRun:
 
 
 def _check_due_steps(due: Sequence[Step], plan: Plan, recipe: Recipe, options: RunOptions) -> list[Problem]:
-    """Return what the steps that are due would reject; the other steps are only read."""
+    """Return what the steps that are due would reject.
+
+    The other steps are not checked, but they make the models and data that the due steps start from.
+    """
     names = [step.name for step in due]
     processes = count_processes(options.num_processes, options.launch_file)
     with show_checks(options.recipe, options.plain, options.verbose):
-        steps = plan.steps
-        if options.smoke:
+        if not options.smoke:
+            problems = check_steps(plan.steps, names, processes)
+        else:
             steps = _steps_in_full(plan, recipe, options)
-        problems = check_steps(steps, names, processes)
-        # A smoke run may have fewer processes than the real run.
-        if problems and options.smoke and not all(check_steps(steps, names, number) for number in (2, 4, 8, 16, 64)):
-            problems = []
+            problems = check_steps(steps, names, processes)
+            # The real run may have more processes than the smoke run. If it can run with any of these numbers, the
+            # problems are only due to the number of the smoke run.
+            if problems and not all(check_steps(steps, names, number) for number in (2, 4, 8, 16, 64)):
+                problems = []
     if shards_model(options.launch_file):
         remedy = "shards the model, which PPO refuses; stop before it with --until, then run it with another file"
         for step in due:
@@ -150,9 +165,9 @@ def _check_due_steps(due: Sequence[Step], plan: Plan, recipe: Recipe, options: R
 
 
 def _steps_in_full(plan: Plan, recipe: Recipe, options: RunOptions) -> tuple[Step, ...]:
-    """Return the steps of a smoke run with the recipe's own settings, whose mistakes the smoke run's would hide.
+    """Return the steps of a smoke run with the settings of the real run, to find mistakes that `--smoke` would hide.
 
-    Trackers and pushes are those of the smoke run, which has none.
+    Only trackers and pushes stay switched off, as in the smoke run.
     """
     smoke_values = {step.name: step.values for step in plan.steps}
     steps: list[Step] = []
@@ -166,7 +181,7 @@ def _steps_in_full(plan: Plan, recipe: Recipe, options: RunOptions) -> tuple[Ste
 
 
 def run_steps(run: CheckedRun, warm: WarmProcess | None, began: float) -> int:
-    """Run the steps that are due.
+    """Run the steps that are due, push what was not pushed, and print what the report concludes.
 
     Args:
         run: The checked run.
@@ -174,7 +189,7 @@ def run_steps(run: CheckedRun, warm: WarmProcess | None, began: float) -> int:
         began: Time at which the command began, by `time.monotonic`.
 
     Returns:
-        0, the exit code of a step that failed, or 128 + the signal that stopped the run.
+        0, the exit code of a step that failed, `EXIT_PUSH_FAILED`, or 128 + the signal that stopped the run.
 
     Raises:
         UserError: If another command is writing to the run's directory.
@@ -194,7 +209,7 @@ def run_steps(run: CheckedRun, warm: WarmProcess | None, began: float) -> int:
         trash = plan.run_dir / TRASH / datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S.%f")
         is_replaced = any(decision.replaced for _, decision in decisions)
         if is_replaced and options.seed is not None and options.seed != earlier_seed:
-            print(_replacement_note(run, earlier_seed, trash), flush=True)
+            print(_describe_replacement(run, earlier_seed, trash), flush=True)
         title = _title(run)
         with contextlib.closing(RunConsole(title, state, began, options.plain, options.verbose)) as console:
             code = Session(options, record, console, trash, locks, warm, began).run(decisions)
@@ -222,8 +237,11 @@ def _title(run: CheckedRun) -> str:
     return ", ".join([*parts, f"in {run.plan.run_dir}"])
 
 
-def _replacement_note(run: CheckedRun, earlier_seed: object, trash: Path) -> str:
-    """Return a line which says that a run of another seed is replaced, and how to keep both."""
+def _describe_replacement(run: CheckedRun, earlier_seed: object, trash: Path) -> str:
+    """Return a line which says that a run of another seed is replaced, and how to keep both.
+
+    `earlier_seed` is the seed in the run's record, or None if it has none. `trash` is where its output is moved.
+    """
     seed = "another seed"
     if earlier_seed is not None:
         seed = f"seed {earlier_seed}"
@@ -235,7 +253,7 @@ def _replacement_note(run: CheckedRun, earlier_seed: object, trash: Path) -> str
 
 
 def _next_commands(run: CheckedRun, steps: Sequence[Step]) -> str:
-    """Return what to type after a finished run: the run itself after a smoke run, else its page and its last model."""
+    """Return the commands to type next: the real run after a smoke run, otherwise the page and a chat."""
     if run.options.smoke:
         return as_typed("run", run.options.recipe)
     commands = [as_typed("app", run.plan.run_dir)]
@@ -246,9 +264,17 @@ def _next_commands(run: CheckedRun, steps: Sequence[Step]) -> str:
 
 
 def conclusion(report: Path) -> list[str]:
-    """Return where the report is, how many targets were met, what did not work and what to do about it."""
+    """Return the lines that conclude a run, read from the `metrics.json` next to its report.
+
+    Example:
+        report: runs/pocket/report/index.html, 1 of 6 promised figures fall short
+        what did not work:
+          3_ppo: wins less often than its opponent
+            train longer (max_steps)
+    """
     summary = read_json(report.with_name("metrics.json"))
-    lines = [f"report: {report}{_promises(summary.get('promises', []), summary.get('promises_not_measured', []))}"]
+    promises = _count_promises(summary.get("promises", []), summary.get("promises_not_measured", []))
+    lines = [f"report: {report}{promises}"]
     verdict = summary.get("verdict", [])
     if verdict:
         lines.append("what did not work:")
@@ -260,8 +286,13 @@ def conclusion(report: Path) -> list[str]:
     return lines
 
 
-def _promises(promises: Sequence[Mapping[str, Any]], not_measured: Sequence[object]) -> str:
-    """Return how many promised metrics a run reaches, as the end of a line; "" if it promises none."""
+def _count_promises(promises: Sequence[Mapping[str, Any]], not_measured: Sequence[object]) -> str:
+    """Return how many of a recipe's promised metrics a run reaches, as the end of a line; "" if it promises none.
+
+    Args:
+        promises: The promises that were measured, each with the truth value `kept`.
+        not_measured: The promises that were not measured.
+    """
     broken = sum(not promise["kept"] for promise in promises)
     if broken:
         return f", {broken} of {len(promises)} promised figures fall short"
@@ -274,15 +305,15 @@ def _promises(promises: Sequence[Mapping[str, Any]], not_measured: Sequence[obje
 
 @dataclass
 class Session:
-    """What the steps of one run have in common while they run.
+    """The execution of one run's steps, one after the other.
 
     Attributes:
-        options: What the command line asks for.
+        options: The options of the command.
         record: The run's record, which is written before and after each step.
-        console: Shows the steps.
+        console: The display of the steps.
         trash: Folder to which the earlier output of steps is moved.
-        locks: File descriptors that the steps inherit, to hold the lock on the run as well.
-        warm: Process from which steps are forked, if any.
+        locks: File descriptors that the steps inherit, so that they hold the lock on the run as well.
+        warm: Process from which steps are forked; None to start each as a new process.
         began: Time at which the command began, by `time.monotonic`.
     """
 
@@ -295,7 +326,7 @@ class Session:
     began: float
 
     def run(self, decisions: Decisions) -> int:
-        """Run the steps that are due, and push them. Return the exit code."""
+        """Run the steps that are due, then push what was not pushed. Return 0, or the exit code of the command."""
         for position, (step, decision) in enumerate(decisions, start=1):
             line = f"[{position}/{len(decisions)}] {step.name}: {decision.reason}"
             if decision.action == "skip":
@@ -315,20 +346,18 @@ class Session:
         return self._push_steps([step for step, _ in decisions])
 
     def _clear(self, step: Step, decision: Decision) -> None:
-        """Move a step's earlier output and log to the trash, or delete the output if the user asked for that."""
-        paths = list(decision.replaced)
-        trash: Path | None = self.trash
-        kept_files = ""
-        if decision.action == "continue":
-            kept_files = "checkpoint-*"
+        """Move a step's earlier output and log to the trash, or delete the output if the user asked for that.
+
+        A step that continues keeps its checkpoints and its log. What is deleted is printed here; that something was
+        moved is printed once, after the last step.
+        """
         if decision.deletes:
-            trash = None
-        elif paths and not kept_files:
-            paths.append(self.console.log(step))
-        for path in clear(paths, trash, kept_files):
-            # What was moved is said once, at the end.
-            if decision.deletes:
+            for path in clear(decision.replaced, trash=None):
                 self.console.event(f"removed {path}")
+        elif decision.action == "continue":
+            clear(decision.replaced, self.trash, exception="checkpoint-*")
+        elif decision.replaced:
+            clear([*decision.replaced, self.console.log(step)], self.trash)
 
     def _run_step(self, step: Step, decision: Decision) -> int:
         """Run a step and record it. Return 0 if it has finished, otherwise the exit code of the run."""
@@ -345,8 +374,9 @@ class Session:
         is_complete = code in (0, EXIT_PUSH_FAILED) and step.is_complete
         self._record_step(step, seconds, code, is_complete, peak)
         if received is not None:
-            message = f"{step.name} was stopped by {received.name}\nkept: {self.console.state.kept(step, code)}"
-            self.console.stop(step, seconds, 0, message, f"to resume: {self.options.resume_command}")
+            stopped = f"{step.name} was stopped by {received.name}"
+            remaining = f"kept: {self.console.state.describe_kept(step, code)}"
+            self.console.stop(step, seconds, 0, stopped, remaining, f"to resume: {self.options.resume_command}")
             return 128 + int(received)
         if not is_complete:
             self._show_failure(step, seconds, code)
@@ -370,7 +400,10 @@ class Session:
         self.record.stop(step, seconds, is_complete, peak, facts.get("lost"))
 
     def _show_failure(self, step: Step, seconds: float, code: int) -> None:
-        """Say why a step has not finished, and how to continue from there."""
+        """Print why a step has not finished, and how to continue from there.
+
+        `code` is the exit code of the step, 0 if it ended without an error but also without its output.
+        """
         if code == EXIT_WAITING:
             failure = self.console.state.awaited
         elif code:
@@ -381,13 +414,19 @@ class Session:
         self.console.stop(step, seconds, code or 1, message, f"to continue from there: {self.options.resume_command}")
 
     def _push_steps(self, steps: Sequence[Step]) -> int:
-        """Push what failed to be pushed before, or was trained before its settings asked for a push."""
+        """Push the output of steps whose settings ask for it, and which is not on the Hub yet.
+
+        Either an earlier push has failed, or the step ran before its settings asked for a push.
+
+        Returns:
+            0, `EXIT_PUSH_FAILED` if some output was not pushed, or 128 + the signal that stopped it.
+        """
         result = 0
         for step in steps:
             if not step.push or self.record.steps[step.name].get("pushed") == list(step.push):
                 continue
             print(f"$ {as_typed(*step.push)}", flush=True)
-            # The step itself was given this environment and this token.
+            # The step itself pushes with the environment and the token of its settings.
             environment = {str(name): str(value) for name, value in (step.values.get("env") or {}).items()}
             if step.values.get("hub_token"):
                 environment["HF_TOKEN"] = str(step.values["hub_token"])

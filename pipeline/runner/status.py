@@ -1,12 +1,18 @@
 """`fourstage status RUN`: what each step of a run has done, what is out of date and why, and what is left.
 
-It writes nothing, and compares with the current recipe folder.
+    runs/mine: mine, seed 3
+    1_pretrain  done        1 min 38 s
+    2_sft       cut short       12 s  saved up to step 120 of 400, about 28 s
+    report      not run yet           about 6.0 s
+    1 of 3 steps are done; the rest takes about 34 s: fourstage run mine --output_dir runs/mine
+
+It compares the record of the run with the current recipe folder, and writes nothing.
 """
 
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.config.weight_fields import newest_state, number_of
 from pipeline.errors import Problem, UserError, as_typed
@@ -43,7 +49,7 @@ def _print_status(run: Path) -> None:
     recipe = Path(str(record.content.get("recipe")))
     smoke = bool(record.content.get("smoke"))
     seed = record.content.get("seed")
-    # The record has a seed as well if it is the YAML files' own.
+    # The seed in the record may also be the first one in the YAML files, which other steps need not have.
     is_seeded = any("--seed" in str(entry.get("command")).split() for entry in record.steps.values())
     planned_seed = None
     if is_seeded:
@@ -73,14 +79,15 @@ def _print_status(run: Path) -> None:
         if entry.get("seconds"):
             time_taken = time_in_words(entry["seconds"])
         notes: list[str] = []
+        # The state says as much as these reasons.
         if decision.reason not in ("finished", "has not run yet", "was interrupted"):
             notes.append(decision.reason)
         if decision.action != "skip":
             due += 1
-            saved_steps, all_steps, remaining_share = _saved(step, decision, entry)
-            if all_steps:
-                notes.append(f"saved up to step {saved_steps} of {all_steps}")
-            seconds = remaining_share * expected[step.name]
+            saved = _saved_progress(step, decision, entry)
+            if saved.all_steps:
+                notes.append(f"saved up to step {saved.steps} of {saved.all_steps}")
+            seconds = saved.remaining_share * expected[step.name]
             seconds_left += seconds
             if seconds:
                 notes.append(f"about {time_in_words(seconds)}")
@@ -89,9 +96,10 @@ def _print_status(run: Path) -> None:
     if not due:
         print("all steps are done")
         return
-    words: list[object] = ["run", recipe, "--output_dir", run]
+    words: list[object] = ["run", recipe]
     if is_seeded:
-        words[2:2] = ["--seed", seed]
+        words += ["--seed", seed]
+    words += ["--output_dir", run]
     if smoke:
         words.append("--smoke")
     rest = f"the rest takes about {time_in_words(seconds_left)}: {as_typed(*words)}"
@@ -99,20 +107,25 @@ def _print_status(run: Path) -> None:
 
 
 def _expected_seconds(steps: Sequence[Step], record: RunRecord) -> dict[str, float]:
-    """Return the seconds that each step takes: as before, or its time in recipes/pocket, scaled to this machine."""
+    """Return the seconds that each step is expected to take, by its name.
+
+    A step that has finished takes as long as then. Any other takes its time in recipes/pocket, scaled by how much
+    longer the finished steps of this run took than the same kinds of steps in recipes/pocket.
+    """
     measured = record.seconds
-    usual = sum(step.stage.seconds for step in steps if step.name in measured)
-    speed = 1.0
-    if usual:
-        speed = sum(measured[step.name] for step in steps if step.name in measured) / usual
+    finished = [step for step in steps if step.name in measured]
+    slowdown = 1.0
+    if finished:
+        slowdown = sum(measured[step.name] for step in finished) / sum(step.stage.seconds for step in finished)
     expected: dict[str, float] = {}
     for step in steps:
-        expected[step.name] = step.stage.seconds
-        # The time of a report does not depend on the other steps.
-        if step.kind != "report":
-            expected[step.name] *= speed
-    # Not the steps that are no longer part of the recipe.
-    expected.update({name: seconds for name, seconds in measured.items() if name in expected})
+        if step.name in measured:
+            expected[step.name] = measured[step.name]
+        elif step.kind == "report":
+            # The time of a report does not depend on the size of the models.
+            expected[step.name] = step.stage.seconds
+        else:
+            expected[step.name] = slowdown * step.stage.seconds
     return expected
 
 
@@ -131,19 +144,34 @@ def _state(step: Step, decision: Decision, entry: Mapping[str, Any], is_running:
     return "cut short"
 
 
-def _saved(step: Step, decision: Decision, entry: Mapping[str, Any]) -> tuple[float, float, float]:
-    """Return how far a step that resumes was saved: its last saved step, its number of steps, and the share to go.
+class SavedProgress(NamedTuple):
+    """How far a step has trained according to its last checkpoint.
 
-    Both numbers are 0 if nothing was saved. If max_steps was raised, the rest may take longer than before.
+    Attributes:
+        steps: Training steps up to the checkpoint; 0 without one.
+        all_steps: Training steps of the whole training when it was saved; 0 without a checkpoint.
+        remaining_share: Training steps that are left, divided by `all_steps`. It is more than 1 if `max_steps` was
+            more than doubled since, and 1 without a checkpoint.
+    """
+
+    steps: float = 0
+    all_steps: float = 0
+    remaining_share: float = 1.0
+
+
+def _saved_progress(step: Step, decision: Decision, entry: Mapping[str, Any]) -> SavedProgress:
+    """Return how far a step has trained that resumes or continues; any other starts from the beginning.
+
+    `entry` is its entry in the record of the run, empty if it has not run yet.
     """
     if not entry or decision.action not in ("resume", "continue"):
-        return 0, 0, 1.0
-    saved = newest_state(step.output)
-    saved_steps = number_of(saved, "global_step")
-    earlier_steps = number_of(saved, "max_steps")
-    if not earlier_steps:
-        return saved_steps, 0, 1.0
-    total = earlier_steps
+        return SavedProgress()
+    state = newest_state(step.output)
+    steps = number_of(state, "global_step")
+    all_steps = number_of(state, "max_steps")
+    if not all_steps:
+        return SavedProgress()
+    total = all_steps
     if decision.action == "continue":
         total = number_of(step.values, "max_steps")
-    return saved_steps, earlier_steps, max(total / earlier_steps - saved_steps / earlier_steps, 0.0)
+    return SavedProgress(steps, all_steps, max(total / all_steps - steps / all_steps, 0.0))

@@ -27,6 +27,8 @@ class Step:
     Attributes:
         name: Stem of its YAML file, `0_random`, `evaluate_<directory of a stage>` or `report`.
         kind: Key of `STAGES`, "evaluate" or "report".
+        arguments: The words after the module of its recipe, or after `fourstage` if it has none.
+        output: Directory that it writes to, in the directory of the run.
         leftovers: Files and directories to remove before it starts over.
         values: Its settings, with paths as in the YAML file; changes are detected by these.
         needs: Names of the steps whose output it reads.
@@ -53,17 +55,22 @@ class Step:
     def product(self) -> Path:
         """The file or directory that exists once the step has finished."""
         if self.kind == "evaluate":
+            # The file of metrics; all evaluations of a run write to the same directory.
             return self.leftovers[0]
-        return self.output / "index.html" if self.kind == "report" else self.output
+        if self.kind == "report":
+            return self.output / "index.html"
+        return self.output
 
     @property
     def is_complete(self) -> bool:
         """Whether the product exists; a model needs its configuration and its weights."""
-        return holds_model(self.output) if self.stage.measured else self.product.exists()
+        if self.stage.measured:
+            return holds_model(self.output)
+        return self.product.exists()
 
     @property
     def push(self) -> tuple[str, ...]:
-        """Arguments of `fourstage` that push what it wrote; empty if its settings do not ask for that."""
+        """Arguments of `fourstage` that push its output to the Hub; empty if its settings do not ask for that."""
         # An untrained model shares the file of pretraining.
         if self.stage.file_of or not self.values.get("push_to_hub"):
             return ()
@@ -75,7 +82,12 @@ class Step:
         return tuple(words)
 
     def command(self, launch: Sequence[str], launcher: Sequence[str] = ()) -> list[str]:
-        """Return the command as a user types it; `launcher` starts `accelerate launch` with the arguments `launch`."""
+        """Return the words of the command as a user types it.
+
+        Args:
+            launch: Arguments of `accelerate launch` itself, used if the step trains.
+            launcher: Words of a command that starts the step on all machines of a cluster (`--launcher`), if any.
+        """
         if not self.stage.module:
             return shlex.split(as_typed(*self.arguments))
         if not self.stage.launched:
@@ -87,7 +99,10 @@ class Step:
         return [*start, "-m", self.stage.module, *self.arguments]
 
     def executable(self, launch: Sequence[str], launcher: Sequence[str] = ()) -> list[str]:
-        """Return the same command for this Python interpreter; it ends with the exit code of the step itself."""
+        """Return the words of the same command for this Python interpreter, with arguments as for `command`.
+
+        Unlike `accelerate launch`, it ends with the exit code of the step itself.
+        """
         start = [sys.executable]
         if self.stage.launched:
             start = [*launcher, sys.executable, "-m", "pipeline.runner.launcher", *launch]
@@ -100,7 +115,16 @@ class Step:
 
 
 def find_step(steps: Sequence[Step], name: str, field: str) -> Step:
-    """Return the step that a user calls `name`: `2_sft`, `sft` or its file. If there is none, raise a `UserError`."""
+    """Return the step that a user calls `name`: "2_sft", "sft" or "recipes/pocket/2_sft.yaml".
+
+    Args:
+        steps: The steps to choose from.
+        name: The name.
+        field: The option with which it was given, for the error.
+
+    Raises:
+        UserError: If no step or more than one has this name.
+    """
     stem = Path(name).name.removesuffix(".yaml")
     # The number may be omitted: `sft` for `2_sft`, and `evaluate_sft` for `evaluate_2_sft`.
     matches = [step for step in steps if stem in (step.name, re.sub(r"^(evaluate_)?\d+_", r"\1", step.name))]
@@ -113,9 +137,10 @@ def find_step(steps: Sequence[Step], name: str, field: str) -> Step:
 
 
 def find_code_file(text: str) -> Path | None:
-    """Return the file of a user's `package.module:function`, or None for any other text; nothing is imported.
+    """Return the file that defines a user's function `package.module:function`, or None for any other text.
 
-    A step that calls the function runs again when its file changes. Our own code and other libraries are not watched.
+    A step that calls the function runs again when the file changes. So there is none for functions of this project and
+    of installed libraries. Nothing is imported.
     """
     match = re.fullmatch(r"([A-Za-z_]\w*(?:\.\w+)*):\w+", text)
     if match is None:
@@ -127,13 +152,15 @@ def find_code_file(text: str) -> Path | None:
     spec = find_spec(first)
     if spec is None:
         return None
-    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
     candidates: list[Path] = []
-    if rest:
-        candidates += [folder.joinpath(*rest).with_suffix(".py") for folder in folders]
-    candidates += [folder.joinpath(*rest, "__init__.py") for folder in folders]
-    if not folders and not rest and spec.origin:
-        candidates = [Path(spec.origin)]
+    if spec.submodule_search_locations:
+        # A package, in one folder or, if it has no `__init__.py`, perhaps in several.
+        folders = [Path(folder) for folder in spec.submodule_search_locations]
+        if rest:
+            candidates += [folder.joinpath(*rest).with_suffix(".py") for folder in folders]
+        candidates += [folder.joinpath(*rest, "__init__.py") for folder in folders]
+    elif not rest and spec.origin:
+        candidates.append(Path(spec.origin))
     file = next(filter(Path.is_file, candidates), None)
     if file is None or "site-packages" in file.parts:
         return None
@@ -145,7 +172,7 @@ def find_code_file(text: str) -> Path | None:
 
 
 def names_file(key: str, text: str) -> bool:
-    """Return whether a setting names a file or folder on this disk.
+    """Return whether the field `key` of a step names a file or folder on this disk by the value `text`.
 
     A folder that contains the working directory, such as "..", does not count: the runs are in it, and change it.
     """
@@ -154,14 +181,19 @@ def names_file(key: str, text: str) -> bool:
 
 
 def smoke_overrides(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that `--smoke` changes in the `values` of a step of this kind, so that it takes seconds."""
+    """Return the settings that `--smoke` changes in a step, so that it takes seconds.
+
+    Args:
+        kind: The kind of step; a kind that is not in `STAGES` is an evaluation.
+        values: Its settings in the recipe.
+    """
     stage = STAGES.get(kind, StageKind(smoke=SMOKE_EVALUATION))
     overrides: dict[str, Any] = {}
     for name, limit in stage.smoke.items():
         value = values.get(name)
-        # Keep a recipe's own size or number of rows if it is lower; 0 and -1 mean no limit.
+        # Keep a recipe's own size or number of rows if it is lower; 0 and -1 mean no limit. But a batch must be
+        # divisible by the number of answers to a prompt, so these two are always changed together.
         is_lower = isinstance(value, int | float) and isinstance(limit, int | float) and 0 < value < limit
-        # The batch must be divisible by the answers to a prompt.
         if not is_lower or name.startswith(("per_device_", "num_generations")):
             overrides[name] = limit
     if stage.samples and stage.measured:

@@ -8,6 +8,7 @@ To add a kind, write its recipe and its entry here. Recipes are only imported wh
 can import this one. The signature of a recipe's `main` names its argument dataclasses.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -42,14 +43,14 @@ BASELINES = {
 }
 
 LOSS = (("training", "loss"), ("validation", "eval_loss"))
-"""Chart lines that show it."""
+"""Lines of a chart of the loss, as in `LoggedChart.lines`."""
 
 ENTROPY = LoggedChart("Entropy, nats per token", (("entropy", "entropy"),))
 
 SMOKE = "smoke: two steps of each stage; the figures mean nothing"
 """What the terminal, the report and the page say about a run with `--smoke`."""
 
-# Two steps on few rows take seconds, even with a recipe for a large model.
+# Settings that `--smoke` overrides. Two steps on few rows take seconds, even with a recipe for a large model.
 SMOKE_TRAINING: Mapping[str, Any] = {
     "max_steps": 2, "warmup_steps": 1, "max_train_samples": 64, "max_eval_samples": 16,
     "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
@@ -70,13 +71,26 @@ SMOKE_EVALUATION: Mapping[str, Any] = {"limit": 8, "max_new_tokens": 16}
 
 
 def _training(data: Any, smoke: Mapping[str, Any] = SMOKE_TRAINING, **about: Any) -> StageKind:
-    """Return a kind of step that trains a model, under `accelerate launch`; the model is then measured."""
+    """Return a kind of step that trains a model under `accelerate launch`, after which the model is measured.
+
+    Args:
+        data: Content of its rows, as in `StageKind.data`.
+        smoke: Settings that `--smoke` overrides.
+        **about: The other attributes of `StageKind`.
+    """
     length = {"text": "block_size", "prompt": "max_completion_length"}.get(data, "max_length")
     return StageKind(launched=True, measured=True, data=data, length=length, smoke=smoke, **about)
 
 
 def _preference_tuning(method: str, how: str, limit: str, **about: Any) -> StageKind:
-    """Return a kind of step that trains a model to answer as people prefer, by a `method` such as "PPO"."""
+    """Return a kind of step that trains a model to answer as people prefer.
+
+    Args:
+        method: The algorithm, such as "PPO"; its recipe is `recipes/ppo.py`.
+        how: How the model was trained, for its card.
+        limit: What the model is not good at, for its card.
+        **about: The other attributes of `StageKind`.
+    """
     kind = method.lower()
     return _training(
         name="Preference tuning",
@@ -94,7 +108,7 @@ STAGES: dict[str, StageKind] = {
         seconds=4,
         editable=True,
         trained=False,
-        smoke={"size_mb": 0.3, "sft_rows": 400, "preference_rows": 64, "reasoning_rows": 128},
+        smoke={"size_mb": 0.3, "sft_rows": 400, "preference_rows": 64, "reasoning_rows": 128, "miniature": True},
     ),
     "tokenizer": StageKind(
         module="recipes.tokenizer",
@@ -131,6 +145,7 @@ STAGES: dict[str, StageKind] = {
     "pretrain": _training(
         name="Pretraining",
         module="recipes.pretrain",
+        trainer="pipeline.training.pretraining:PretrainTrainer",
         seconds=77,
         chats=False,
         from_scratch=True,
@@ -161,6 +176,7 @@ STAGES: dict[str, StageKind] = {
     "sft": _training(
         name="Instruction tuning",
         module="recipes.sft",
+        trainer="pipeline.training.fine_tuning:SFTTrainer",
         seconds=29,
         data="conversation",
         held_out="instructions",
@@ -211,6 +227,7 @@ STAGES: dict[str, StageKind] = {
     "reward": _training(
         name="Reward model",
         module="recipes.reward",
+        trainer="pipeline.training.fine_tuning:RewardTrainer",
         seconds=19,
         generates=False,
         data="preference",
@@ -243,6 +260,7 @@ STAGES: dict[str, StageKind] = {
     ),
     "ppo": _preference_tuning(
         "PPO",
+        trainer="pipeline.rl.ppo:PPOTrainer",
         how="By PPO against a reward model, with a critic, on TRL's `GRPOTrainer`.",
         limit="It was tuned to please a reward model, which is not the same as being right.",
         remedy="PPO is as good as its reward model: check that one first, then train longer (max_steps), raise "
@@ -283,6 +301,7 @@ STAGES: dict[str, StageKind] = {
     ),
     "dpo": _preference_tuning(
         "DPO",
+        trainer="pipeline.training.fine_tuning:DPOTrainer",
         how="By DPO on pairs of answers, one of them preferred, without a reward model, with `trl.DPOTrainer`.",
         limit="It learned which answers of a fixed set were preferred. That is not the same as being right, and says "
         "little about answers that are unlike them.",
@@ -309,6 +328,7 @@ STAGES: dict[str, StageKind] = {
     ),
     "kto": _preference_tuning(
         "KTO",
+        trainer="pipeline.training.fine_tuning:KTOTrainer",
         how="By KTO on answers that were wanted or not, one by one, without a reward model, with `trl.KTOTrainer`.",
         limit="It learned which answers of a fixed set were wanted. That is not the same as being right, and says "
         "little about answers that are unlike them.",
@@ -333,6 +353,7 @@ STAGES: dict[str, StageKind] = {
         name="Reasoning",
         method="GRPO",
         module="recipes.grpo",
+        trainer="pipeline.rl.grpo:GRPOTrainer",
         seconds=40,
         samples=True,
         data="prompt",
@@ -374,9 +395,36 @@ STAGES: dict[str, StageKind] = {
         ),
     ),
 }
-"""Steps of the same number run in this order, and are shown in it."""
+"""The kinds of stages, in the order of training: steps of the same number run in this order, and are shown in it."""
+
+
+def kind_in_name(name: str) -> str:
+    """Return the kind of stage in the name of a directory or of a YAML file without its suffix.
+
+    Example:
+        "2_sft", "2_sft_again", "sft" -> "sft"
+        "4_my_model" -> "my_model", as `STAGES` has no kind "my"
+    """
+    rest = re.sub(r"^\d+_", "", name)
+    first_word = rest.partition("_")[0]
+    return first_word if first_word in STAGES else rest
+
+
+def stage_order(name: str) -> tuple[float, int, str]:
+    """Return a key that sorts the names of stages: 2_sft, 3_reward, 3_ppo, 10_grpo.
+
+    Names are sorted by their number, then by the place of their kind in `STAGES`, then as text. A name without a
+    number comes last. A kind that is not in the table comes last among the names of its number.
+    """
+    match = re.match(r"\d+", name)
+    number = math.inf
+    if match:
+        number = int(match.group())
+    kind = kind_in_name(name)
+    kinds = [*STAGES, kind]
+    return number, kinds.index(kind), name
 
 
 def find_baseline(name: str) -> Baseline | None:
-    """Return the entry of a baseline; `best_of_4` is `best_of` with its number."""
+    """Return the entry of a baseline in `BASELINES`, or None. `best_of_4` has the entry `best_of`."""
     return BASELINES.get(re.sub(r"_\d+$", "", name))

@@ -61,6 +61,8 @@ class StageKind:
         name: Display name, "" if the report does not mention it.
         method: The algorithm, which follows the name in titles; "" if the name says it.
         module: Module of the recipe, run with `python -m`; "" for a kind that is only measured.
+        trainer: The trainer that its recipe builds, as "module:class"; `trainer` in its YAML file may name a subclass.
+            "" if it trains nothing.
         seconds: Duration in recipes/pocket, for estimates of the time left until a run has its own.
         launched: Whether it runs under `accelerate launch`, with the requested number of processes.
         measured: Whether it writes a model, which is then evaluated.
@@ -94,6 +96,7 @@ class StageKind:
     name: str = ""
     method: str = ""
     module: str = ""
+    trainer: str = ""
     seconds: float = 6.0
     launched: bool = False
     measured: bool = False

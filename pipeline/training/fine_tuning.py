@@ -15,6 +15,7 @@ from pipeline.models.classifiers import find_head
 from pipeline.models.kernels.attention import choose_attention
 from pipeline.models.kernels.output_layer import project_labelled_positions
 from pipeline.models.kernels.packed_rows import PackedRows
+from pipeline.models.kernels.token_trees import share_beginnings
 from pipeline.training.reliable import Reliable
 from pipeline.training.token_loss import token_loss
 
@@ -64,6 +65,22 @@ class RewardTrainer(Reliable, trl.RewardTrainer):
         loss_of_tokens = token_loss(scores[0].squeeze(-1), inputs["input_ids"], inputs["attention_mask"], margin)
         loss = loss + self.token_loss_coef * loss_of_tokens
         return (loss, outputs) if return_outputs else loss
+
+
+def choose_kernels(trainer: RewardTrainer, attn_implementation: str | None) -> None:
+    """Let a reward model compute what the texts of a pair share once, on a CPU, and choose its attention.
+
+    Args:
+        trainer: The trainer of the model.
+        attn_implementation: The attention that was requested. None for what suits the machine.
+    """
+    on_cpu = trainer.args.device.type == "cpu"
+    if attn_implementation or not on_cpu:
+        choose_attention(trainer.model, attn_implementation)
+    if on_cpu:
+        # Without a limit, texts may be long.
+        is_short = 0 < (trainer.args.max_length or 0) <= 512
+        share_beginnings(trainer.model, short=is_short and not attn_implementation)
 
 
 class WithReference(Reliable):

@@ -87,7 +87,7 @@ def plain_name(name: str) -> str:
 
 
 @contextmanager
-def unrounded(model: PeftModel, merge: bool = False) -> Iterator[None]:
+def restore_frozen_weights(model: PeftModel, merge: bool = False) -> Iterator[None]:
     """Restore the frozen weights to the bit after a block in which the adapter is merged into them.
 
     Unmerging alone would round them, by up to 0.4% each time in 16 bits, and other models may share them. Only layers

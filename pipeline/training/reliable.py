@@ -34,6 +34,7 @@ from transformers.trainer_utils import SaveStrategy, SchedulerType
 from pipeline import hardware
 from pipeline.errors import RunStopped
 from pipeline.files import MANIFEST, STATE, read_json, replace_folder
+from pipeline.models.kernels.quantized import prepare_for_training
 from pipeline.models.patches import record_rows
 from pipeline.models.weights import RenamedWeights
 from pipeline.training import checkpoint_folders as folders
@@ -85,6 +86,7 @@ class Reliable(Trainer):
         # The rows of each batch that was fetched and not yet trained on.
         self._fetched: deque[list[int]] = deque()
         super().__init__(*args, **kwargs)
+        prepare_for_training(self.model)
         # Autocast would cast the weights that are frozen under an adapter again and again. PPO has `frozen_dtype`.
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         is_automatic = getattr(self.args, "frozen_dtype", "auto") == "auto"

@@ -27,7 +27,6 @@ from pipeline.errors import Problem, RunStopped, UserError
 from pipeline.hub.callback import PushCallback
 from pipeline.hub.cards import Trained, model_card
 from pipeline.hub.download import fetch_checkpoints
-from pipeline.hub.repositories import BASE
 from pipeline.models.adapters import MERGED
 from pipeline.training import checkpoint_folders as folders
 from pipeline.training.callbacks import FiguresCallback, InterruptCallback, ReportCallback
@@ -242,7 +241,7 @@ def _name_base(trainer: Reliable) -> None:
     A base model that was itself merged from an adapter only exists in memory, so it is saved next to the new adapter.
     """
     model = trainer.model
-    base = Path(trainer.args.output_dir).absolute() / BASE
+    base = Path(trainer.args.output_dir).absolute() / files.BASE
     if isinstance(model, PeftModel) and hasattr(model.get_base_model(), MERGED) and trainer.args.should_save:
         with files.write_folder(base) as folder, cache_enabled(model):
             # Its frozen weights may have been converted for training.

@@ -3,10 +3,11 @@
     python -m tests.benchmarks.pair_controls runs/smollm2/3_preferences --models runs/smollm2/3_reward \
         --also runs/smollm2/data/preference/train.parquet
 
-Says how many test pairs are told apart by the length of the answer, by its number of steps, and by a linear model
-of its character n-grams, fitted on the training pairs (and on those of `--also`) as reward models are, with several
-lengths and decays of weights (the accuracy on the validation pairs says which to choose); by the likelihood of answers
-under a language model (`--policy`); and by reward models. Intervals are over prompts.
+Says how many test pairs are told apart by the length of the answer, by its number of steps, by the share of its words
+that are in the prompt, and by a linear model of its character n-grams, fitted on the training pairs (and on those of
+`--also`) as reward models are, with several lengths and decays of weights (the accuracy on the validation pairs says
+which to choose); by the likelihood of answers under a language model (`--policy`), and by what the prompt adds to it;
+and by reward models. Intervals are over prompts.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.data.overlap import words
 from pipeline.data.sources import open_source
 from pipeline.evaluation.reward_model import RewardAccuracy
 from pipeline.models.loading import load_model
@@ -44,6 +46,7 @@ def main() -> None:
     test = splits["test"]
     show("longer answer", [[len(answer(row, side)) for side in SIDES] for row in test], test)
     show("more steps", [[len(re.findall(r"[.\n](?:\s|$)", answer(row, side))) for side in SIDES] for row in test], test)
+    show("words of the prompt", [[words_of_prompt(row, side) for side in SIDES] for row in test], test)
     for longest in LONGEST:
         train, *others = (differences(splits[name], longest) for name in ("train", "validation", "test"))
         products = [other @ train.T for other in (train, *others)]
@@ -53,7 +56,9 @@ def main() -> None:
             name = f"n-grams to {longest}, decay {decay:g}, validation {(held > 0).float().mean():.3f}"
             show(name, [[margin, 0.0] for margin in tested.tolist()], test)
     if args.policy:
-        show(f"likelihood under {args.policy}", likelihoods(args.policy, test), test)
+        given, total, alone = likelihoods(args.policy, test)
+        show(f"likelihood under {args.policy}", given.tolist(), test)
+        show("what the prompt adds to it", (total - alone).tolist(), test)
     for path in args.models:
         show(path, rate(path, test), test)
 
@@ -76,6 +81,13 @@ def show(name: str, scores: Sequence[Sequence[float]], pairs: Pairs) -> None:
         low, high = found["ci95"]
         texts.append(f"{part} {found['value']:.3f} ({low:.3f} to {high:.3f}, n = {len(chosen)})")
     print(f"{name}: {', '.join(texts)}", flush=True)
+
+
+def words_of_prompt(row: dict[str, Any], side: str) -> float:
+    """Return the share of the words of an answer that are in the prompt."""
+    prompt = {word for message in row["prompt"] for word in words(message["content"])}
+    of_answer = words(answer(row, side))
+    return sum(word in prompt for word in of_answer) / max(1, len(of_answer))
 
 
 def differences(pairs: Pairs, longest: int) -> torch.Tensor:
@@ -107,16 +119,25 @@ def fit(products: torch.Tensor, decay: float) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def likelihoods(path: str, pairs: Pairs) -> list[list[float]]:
-    """Return the mean log-probability of a token of each answer, its end included."""
+def likelihoods(path: str, pairs: Pairs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return log-probabilities of each answer, its end included, each of shape (pairs, 2).
+
+    They are the mean of its tokens, their sum, and their sum if an empty turn is in place of the prompt.
+    """
     model, tokenizer = load_model(path, "--policy", dtype=torch.float32)
-    means = []
+    nothing = [{"role": "user", "content": ""}]
+    means, sums, alone = [], [], []
     for row, side in ((row, side) for row in pairs for side in SIDES):
-        start = len(tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False))
-        ids = torch.tensor([tokenizer.apply_chat_template([*row["prompt"], *row[side]], return_dict=False)])
-        logps = model.eval()(ids).logits[0, start - 1 : -1].log_softmax(-1)
-        means.append(logps.gather(1, ids[0, start:, None]).mean().item())
-    return np.reshape(means, (-1, 2)).tolist()
+        for prompt in (row["prompt"], nothing):
+            start = len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
+            ids = torch.tensor([tokenizer.apply_chat_template([*prompt, *row[side]], return_dict=False)])
+            logps = model.eval()(ids).logits[0, start - 1 : -1].log_softmax(-1).gather(1, ids[0, start:, None])
+            if prompt is nothing:
+                alone.append(logps.sum().item())
+            else:
+                means.append(logps.mean().item())
+                sums.append(logps.sum().item())
+    return np.reshape(means, (-1, 2)), np.reshape(sums, (-1, 2)), np.reshape(alone, (-1, 2))
 
 
 def rate(path: str, pairs: Pairs) -> list[list[float]]:

@@ -27,7 +27,7 @@ from typing import Any
 from pipeline.config.yaml_file import read_yaml
 from pipeline.evaluation.intervals import Estimate, over_seeds
 from pipeline.files import relocate
-from pipeline.report.differences import paired
+from pipeline.report.differences import paired_difference
 from pipeline.report.load import Run, load_runs
 
 RECIPE, PICTURES = Path("recipes/pocket-preferences"), Path("docs")
@@ -200,7 +200,7 @@ def figures_of(run: Run, method: str) -> dict[str, Estimate | None]:
     def minus_ppo(metric: str) -> Estimate | None:
         if method == "3_ppo" or metric not in result.metrics:
             return None
-        return paired(ppo.outcomes(metric), result.outcomes(metric), metric)
+        return paired_difference(ppo.outcomes(metric), result.outcomes(metric), metric)
 
     kl = result.metrics.get("kl")
     if number:

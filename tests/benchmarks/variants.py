@@ -227,7 +227,7 @@ def table_row(recipe: str, seeds: Mapping[str, Line], by_recipe: Mapping[str, Ma
         if recipe != reference and seed in by_recipe.get(reference, {}):
             ours, theirs = (each["outcomes"]["pass@1_sampled"] for each in (line, by_recipe[reference][seed]))
             gains = [our - their for our, their in zip(ours, theirs, strict=True)]
-            differences.append(mean_difference(gains, [1.0] * len(gains), of_share=True))
+            differences.append(mean_difference(gains, [1.0] * len(gains), is_share=True))
     difference = show(over_seeds(differences, -1, 1), sign=True) if differences else ""
     shares = [line["clipped"] for line in lines if line["clipped"] is not None]
     clipped = f"{fmean(shares):.3f}" if shares else ""

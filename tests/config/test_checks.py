@@ -59,12 +59,12 @@ def of_type(*types: type) -> list[Any]:
 
 @pytest.mark.parametrize(("name", "kind"), of_type(int, float))
 def test_a_number_is_finite_and_not_astronomical_and_not_of_another_type(name: str, kind: type) -> None:
-    for value in (math.nan, math.inf, -math.inf, True, {"a": 1}, [[1]]):
+    # 2^53 is the first whole number that floats do not tell from the next one, and 10^400 is larger than any float.
+    for value in (math.nan, math.inf, -math.inf, 2**53, float(2**53), 10**400, True, {"a": 1}, [[1]]):
         assert is_refused(name, kind, value), value
-    # A weight may have any sign and size.
+    # A weight may be negative.
     if name != "reward_weights":
         assert is_refused(name, kind, -2)
-        assert is_refused(name, kind, 10**30)
 
 
 @pytest.mark.parametrize(("name", "kind"), of_type(str))

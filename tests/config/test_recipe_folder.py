@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config.recipe_folder import missing_input
 from pipeline.training.entry import run
 from recipes import grpo, sft
 from tests.helpers.refusals import refused
@@ -42,3 +43,16 @@ def test_no_command_is_named_for_a_path_that_no_step_writes(
     options = ["--config", "recipes/pocket/2_sft.yaml", "--model_name_or_path", "./elsewhere"]
     error = refused(capsys, *options, main=partial(run, sft.main))
     assert "first run" not in error and "elsewhere" in error
+
+
+def test_of_several_missing_inputs_the_one_with_the_highest_number_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`run --until 10_reward` runs `9_preferences` as well."""
+    monkeypatch.chdir(tmp_path)
+    for step in ("9_preferences", "10_reward"):
+        Path(f"{step}.yaml").write_text(f"output_dir: runs/mine/{step}\n")
+    settings = {"dataset_name": "runs/mine/9_preferences", "reward_model_path": "runs/mine/10_reward"}
+    problem = missing_input(settings, "11_ppo.yaml")
+    assert problem is not None and problem.field == "reward_model_path"
+    assert problem.remedy.endswith("--until 10_reward`")

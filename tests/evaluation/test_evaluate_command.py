@@ -162,6 +162,14 @@ def test_the_opponents_answers_are_used_again_unless_something_that_they_depend_
     assert len(changed := opponents()) == len(made) and changed != made and "saved" not in changed
 
 
+@pytest.mark.parametrize(("stage", "follows"), [("0_random", False), ("3_ppo", True), ("10_grpo", True)])
+def test_the_divergence_from_the_opponent_is_measured_for_the_stages_that_follow_it(run, stage, follows):
+    small_model.save_model(run / "2_sft", seed=1)
+    small_model.save_model(run / stage, seed=0)
+    result, _ = evaluate(run, stage)
+    assert ("kl" in result["metrics"]) is follows
+
+
 def test_longer_problems_are_a_metric_of_their_own(run):
     without, _ = evaluate(run, "0_random")
     rows = [{"prompt": user(f"{i} + 1 + 1 + 1?"), "answer": str(i), "kind": "arithmetic"} for i in range(5)]

@@ -29,7 +29,7 @@ from pipeline.evaluation.metrics import (
 )
 from pipeline.evaluation.reward_model import RewardAccuracy, calibration_error, squared_calibration_error
 from pipeline.evaluation.win_rate import LastSentenceShare, WinRate
-from pipeline.report.differences import judge, paired
+from pipeline.report.differences import judge_change, paired_difference
 from recipes.worlds.pocket.annotators import judge_match
 
 ROW = {"require": [["red"]], "reject": ["blue"], "max_words": 3, "test": ""}
@@ -220,10 +220,10 @@ def test_one_unit_has_no_interval():
     ]
     assert [(estimate.low, estimate.high) for estimate in found] == [(None, None)] * 5
     assert [estimate.value for estimate in found[:4]] == [1.5, 0.75, 1.5, 1.5]
-    before, after = {("row", "1", ""): (0.2, 1.0)}, {("row", "1", ""): (0.9, 1.0)}
-    change = paired(before, after)
+    before, after = {("row", "1", ""): (0.2, 1.0, "")}, {("row", "1", ""): (0.9, 1.0, "")}
+    change = paired_difference(before, after)
     assert change is not None and change.value == pytest.approx(0.7)
-    assert judge("mean_length", change) == judge("pass@1", change) == "same"
+    assert judge_change("mean_length", change) == judge_change("pass@1", change) == "same"
 
 
 def test_bits_per_byte_weighs_by_bytes():

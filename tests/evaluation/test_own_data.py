@@ -3,7 +3,7 @@
 import gzip
 import json
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -532,6 +532,16 @@ def test_settings_follow_from_the_stages() -> None:
     assert settings["lengths"] == {"instructions": 512, "problems": None, "prompts": 99}
     assert settings["reward_models"] == ["runs/x/3_reward"]
     assert settings["limit"] == 3 and settings["samples"] == 8 and settings["pairs"] is None
+
+
+def test_the_opponent_is_the_instruction_tuning_with_the_highest_number(tmp_path: Path) -> None:
+    for stage in ("9_sft", "10_sft"):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "arguments.json").write_text(json.dumps({"dataset_name": f"{stage}.jsonl"}))
+    content, facts = read_record(tmp_path, "9_sft")
+    assert content["against"] == "10_sft" and content["instructions"]["dataset_name"] == "10_sft.jsonl"
+    # Without facts about the stages, the opponent is a directory of the run.
+    assert find_settings(tmp_path, {}, replace(facts, against=None)).against == "10_sft"
 
 
 def test_a_model_that_no_stage_makes_is_the_base() -> None:

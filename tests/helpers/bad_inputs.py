@@ -398,7 +398,11 @@ CASES |= {
     "FSDP on a CPU": Case("sft", "--fsdp full_shard", ("fsdp:", "never active on CPUs")),
     "DeepSpeed that isn't there": Case("sft", "--deepspeed nope.json", ("deepspeed: nope.json",)),
     "no CPU where nothing else is": Case("sft", "--use_cpu false", ("use_cpu: False", "only a CPU")),
-    "quantised": Case("sft", "--load_in_4bit --use_peft", ("load_in_4bit: True", "not supported")),
+    "4 bits without an adapter": Case("sft", "--load_in_4bit", ("load_in_4bit: True", "no effect unless use_peft")),
+    "a critic with 4 bits in full": Case(
+        "ppo", "--load_in_4bit --use_peft --value_use_peft false", ("value_use_peft: False", "4 bits", "adapter")
+    ),
+    "8 bits": Case("sft", "--load_in_8bit --use_peft", ("load_in_8bit: True", "load_in_4bit")),
     "half precision to evaluate": Case("sft", "--fp16_full_eval", ("fp16_full_eval: True", "not supported")),
     "an unknown way to compile": Case("sft", "--torch_compile_mode foo", ("torch_compile_mode: foo", "max-autotune")),
     "an eos token that isn't known": Case("sft", "--eos_token <foo>", ("eos_token: <foo>", "not found")),

@@ -12,7 +12,7 @@ from huggingface_hub import constants, snapshot_download
 from pipeline.__main__ import main
 from pipeline.data.sources import open_source
 from pipeline.errors import UserError
-from pipeline.hub.download import FILES
+from pipeline.hub.download import MODEL_FILES
 from tests.helpers.hub_server import Hub
 from tests.helpers.refusals import refused
 from tests.helpers.small_model import conversation, save_model
@@ -70,7 +70,7 @@ def test_models_data_and_streams_are_fetched(
     assert [line for line in lines if "stream" in line] == said and len(lines) == 4
     assert not Path("runs").exists(), "nothing is trained"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    cached = Path(snapshot_download("alice/model", local_files_only=True, allow_patterns=FILES))
+    cached = Path(snapshot_download("alice/model", local_files_only=True, allow_patterns=MODEL_FILES))
     assert (cached / "model.safetensors").exists() and not (cached / "old.bin").exists()
 
     made = len(hub.requests)

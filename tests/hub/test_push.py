@@ -190,6 +190,25 @@ def test_a_private_repository_a_branch_and_a_licence(hub: Hub, run: Path) -> Non
     assert b"license: mit" in hub.files("alice/mini-1_pretrain", revision="dev")["README.md"]
 
 
+def test_data_that_may_not_be_published_stay_here(
+    hub: Hub, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "mini"
+    shutil.copytree(run, copy)
+    card = copy / "data" / "README.md"
+    card.write_text(card.read_text(encoding="utf-8").replace("---\n", "---\npublish: false\n", 1), encoding="utf-8")
+    assert push(copy) == 0
+    assert "`publish: false`: 3_preferences, data" in capsys.readouterr().err
+    assert set(hub.repos) == {(kind, name) for kind, name in REPOSITORIES if kind != "dataset"}
+    for kind, name in hub.repos:
+        assert b"alice/mini-data" not in hub.files(name, kind)["README.md"]
+    for arguments in (("--stage", "3_preferences"), ("--stage", "data", "--private")):
+        assert push(copy, *arguments) == 2
+    assert push(copy / "3_preferences", "--repo_id", "alice/pairs") == 2
+    assert "a card of the run's data says `publish: false`" in capsys.readouterr().err
+    assert not any(kind == "dataset" for kind, _ in hub.repos)
+
+
 def test_a_pull_request_leaves_main_as_it_is(hub: Hub, run: Path) -> None:
     assert push(run, "--stage", "1_pretrain", "--create-pr") == 0
     assert b"license: apache-2.0" in hub.files("alice/mini-1_pretrain", revision="refs/pr/1")["README.md"]

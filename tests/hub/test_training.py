@@ -167,7 +167,7 @@ def test_checkpoints_that_cannot_be_pushed_do_not_disturb_the_run(
 ) -> None:
     hub.fail(403, path="POST .*/commit/", times=2)
     assert train(inputs, tmp_path / "2_sft", *PUSH, "--hub_always_push") == 0
-    assert caplog.text.count("Training goes on.") == 2
+    assert caplog.text.count("Training continues.") == 2
     assert hub.commits("alice/chat") == ["End of training", *(f"Training in progress, step {s}" for s in (8, 6))]
     assert equal(weights(tmp_path / "2_sft"), weights(whole))
 

@@ -38,7 +38,7 @@ from pipeline.errors import EXIT_WAITING, RunStopped, UserError
 from pipeline.models.generation import Completion
 from pipeline.preferences import labels
 from pipeline.preferences.collect import PreferenceArguments, collect, encode, label_answers, read_prompts, write
-from pipeline.preferences.judges import Judge, compare, load_judge, score
+from pipeline.preferences.judges import Judge, compare, load_judge, prefer_column, score
 from pipeline.preferences.people import VoteArguments, wait_for_votes
 from recipes.worlds.pocket.annotators import PANEL, taste
 from tests.helpers.files import write_rows
@@ -242,6 +242,24 @@ def test_a_reward_model_scores_each_answer_once_and_in_batches() -> None:
     model.config.pad_token_id = None
     assert score(model, words, conversations, batch_tokens=1000) == pytest.approx(scores, abs=1e-6)
     assert passes[1:] == [1] * 10, "transformers cannot tell padding"
+
+
+def test_a_column_of_the_prompts_is_preferred_to_every_sample() -> None:
+    prompt = [{"role": "user", "content": "Hi"}]
+    rows = [{"prompt": prompt, "reply": " Hello. "}, {"prompt": prompt, "reply": "Hello."}]
+    answers = [["Bye.", "Hello.", "", "Bye.", "What?"], ["Hello."]]
+    labelled, counts = label_answers(rows, answers, pairs_per_prompt=3, judge=prefer_column("reply"))
+    pairs = {(row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in labelled}
+    assert pairs == {("Hello.", "Bye."), ("Hello.", "What?")}
+    assert len(labelled) == counts.pairs == 2 and counts.ties == 0
+
+
+def test_preferred_column_is_refused_with_a_judge_or_without_answers(tmp_path: Path) -> None:
+    options = {"model_name_or_path": "m", "dataset_name": "d", "output_dir": str(tmp_path), "preferred_column": "reply"}
+    with pytest.raises(UserError, match="judge: m:judge: the answers in preferred_column are preferred"):
+        PreferenceArguments(**options, judge="m:judge")
+    judge = prefer_column("reply")
+    assert judge.can_judge({"reply": "Hello."}) and not judge.can_judge({"reply": " "}) and not judge.can_judge({})
 
 
 def test_processes_take_turns_at_judging(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from pipeline.rl.arguments import PPORewardArguments, load_rl_inputs
 from pipeline.rl.ppo import PPOTrainer
 from pipeline.rl.ppo_config import PPOConfig
 from pipeline.training import entry
+from recipes import ppo
 from tests.helpers import ppo_toy as toy
 from tests.helpers.sampling_recipes import run
 
@@ -59,6 +60,65 @@ def test_trains_evaluates_and_saves(tmp_path: Path, options: list[str]) -> None:
     log = json.loads((output / "trainer_state.json").read_text())["log_history"]
     assert any("eval_objective/scores" in entry for entry in log)
     assert any("rewards/reward/mean" in entry for entry in log)
+
+
+TRAINER = """
+from pathlib import Path
+from pipeline.rl.ppo import PPOTrainer
+
+class Count:
+    belongs_to_model = False
+    steps = 0
+
+    def save(self, folder):
+        Path(folder, "count.txt").write_text(str(self.steps))
+
+    def load(self, folder):
+        self.steps = int(Path(folder, "count.txt").read_text())
+
+class FadingEntropyPPO(PPOTrainer):
+    learns_from_entropy = True
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.count = Count()
+        self.parts.append(self.count)
+
+    def policy_loss(self, model, batch):
+        if model.training:
+            self.count.steps += 1
+        loss = super().policy_loss(model, batch)
+        return loss - self.mean_over_tokens(self.latest_entropies, batch) / (1 + self.count.steps)
+"""
+"""A trainer whose loss depends on what it counts."""
+
+
+def test_a_trainer_of_the_user_trains_and_resumes_exactly(
+    tmp_path: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_trainer.py").write_text(TRAINER)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def trained(name: str, *words: str) -> dict[str, torch.Tensor]:
+        entry.run(ppo.main, [*options, "--output_dir", str(tmp_path / name), *words])
+        return AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict()
+
+    plain = trained("run")
+    whole = trained("whole", "--trainer", "my_trainer:FadingEntropyPPO")
+    assert json.loads((tmp_path / "whole/arguments.json").read_text())["trainer"] == "my_trainer:FadingEntropyPPO"
+    assert any(not torch.equal(plain[name], weight) for name, weight in whole.items())
+    shutil.copytree(tmp_path / "whole/checkpoint-3", tmp_path / "resumed/checkpoint-3")
+    assert (tmp_path / "resumed/checkpoint-3/count.txt").read_text() == "3"
+    shutil.copy(tmp_path / "whole/arguments.json", tmp_path / "resumed")
+    resumed = trained("resumed", "--trainer", "my_trainer:FadingEntropyPPO")
+    for name, weight in whole.items():
+        assert torch.equal(resumed[name], weight), name
+
+
+def test_refuses_a_trainer_of_another_stage(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        entry.run(ppo.main, [*options, "--trainer", "pipeline.rl.grpo:GRPOTrainer"])
+    assert "trainer: pipeline.rl.grpo:GRPOTrainer: must be a subclass of pipeline.rl.ppo" in capsys.readouterr().err
 
 
 def test_refuses_before_it_writes(tmp_path: Path, options: list[str]) -> None:

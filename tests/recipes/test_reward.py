@@ -14,6 +14,7 @@ from pipeline.data.arguments import DataArguments
 from pipeline.models.kernels.token_trees import share_beginnings
 from pipeline.preferences.judges import score
 from pipeline.training import train as training
+from pipeline.training.custom_trainer import TrainerArguments
 from pipeline.training.optimizer import OptimizerArguments
 from pipeline.training.token_loss import TokenLossArguments, token_loss
 from recipes import reward
@@ -43,7 +44,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, 
     train_and_save = training.train_and_save
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "train_and_save", keep)
-        kinds = (DataArguments, RewardConfig, ModelConfig, OptimizerArguments, TokenLossArguments)
+        kinds = (DataArguments, RewardConfig, ModelConfig, OptimizerArguments, TokenLossArguments, TrainerArguments)
         reward.main(*parse(*kinds, argv=arguments))
     return trainers[0].model.eval(), folder / "output"
 
@@ -124,7 +125,7 @@ def test_the_loss_at_every_token_is_added_in_training_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: bool
 ) -> None:
     """In full and with LoRA, the loss of one step is the sum of both; that of an evaluation stays comparable."""
-    kinds = (DataArguments, RewardConfig, ModelConfig, OptimizerArguments, TokenLossArguments)
+    kinds = (DataArguments, RewardConfig, ModelConfig, OptimizerArguments, TokenLossArguments, TrainerArguments)
     trainers: list[Any] = []
     monkeypatch.setattr(training, "train_and_save", lambda trainer: (trainers.append(trainer), trainer.train()))
     for weight in ("0", "1", "3"):

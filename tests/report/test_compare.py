@@ -210,7 +210,7 @@ def test_rows_with_the_same_number_and_another_content_are_other_rows(tmp_path: 
     [
         (["RUN"], "the following arguments are required: --against"),
         (["RUN", "--against", "missing"], "RUN: missing: no such directory"),
-        (["RUN", "--against", "OTHER"], "--against: OTHER: has no figure in common with RUN"),
+        (["RUN", "--against", "OTHER"], "--against: OTHER: has no metric in common with RUN"),
         (["RUN", "--against", "RUN", "--tests", "0"], "--tests: 0: is not a number of comparisons; give 1 or more"),
         (["RUN", "--against", "RUN", "--output", "RUN"], "--output: RUN: is a directory"),
         (["RUN", "--against", "RUN", "--output", "RUN/run.json/x"], "--output: RUN/run.json: is not a directory"),

@@ -18,6 +18,7 @@ from pipeline.rewards import checker
 from pipeline.rewards.answers import count_answers, extract_answer, number
 from pipeline.rewards.functions import (
     answer_format,
+    any_answer,
     choice,
     code_tests,
     exact_answer,
@@ -171,6 +172,26 @@ EXACT: list[tuple[str, str, float | None]] = [
 @pytest.mark.parametrize(("completion", "reference", "reward"), EXACT)
 def test_exact_answer(completion: str, reference: str, reward: float | None) -> None:
     assert exact_answer([completion], [reference]) == [reward]
+
+
+def test_any_answer_accepts_each_of_the_references_of_its_row() -> None:
+    completions = [
+        "The answer is Chile.",
+        "The answer is Peru.",
+        "The answer is the Netherlands.",
+        "Chile",
+        "The answer is 7.",
+    ]
+    answers = [["Peru", "Chile"], ["Chile"], ["Netherlands", "Belgium"], ["Chile"], []]
+    assert any_answer(completions, answers) == [1.0, 0.0, 1.0, 0.0, None]
+    # A column `answer`, with one of them, makes no difference.
+    assert any_answer(completions, answers, answer=["Peru", "Chile", "Belgium", "Chile", ""]) == [
+        1.0,
+        0.0,
+        1.0,
+        0.0,
+        None,
+    ]
 
 
 @pytest.mark.parametrize(

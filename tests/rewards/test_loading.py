@@ -13,7 +13,7 @@ from trl import GRPOConfig
 from pipeline.errors import RunStopped, UserError
 from pipeline.rewards import loading
 from pipeline.rewards.functions import math_answer
-from pipeline.rewards.loading import built_in_name, guard_reward, load_function
+from pipeline.rewards.loading import built_in_name, guard_reward, load_reward
 from pipeline.rewards.table import REWARDS
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo import PPOTrainer
@@ -120,8 +120,8 @@ def test_what_is_guarded_already_or_edits_nothing_is_not_wrapped() -> None:
 
 
 def test_a_function_that_moved_is_found_by_its_earlier_place() -> None:
-    taste = load_function("hidden_taste", "reward_funcs")
-    assert load_function("pipeline.rewards.functions:hidden_taste", "reward_funcs") is taste
+    taste = load_reward("hidden_taste", "reward_funcs")
+    assert load_reward("pipeline.rewards.functions:hidden_taste", "reward_funcs") is taste
 
 
 @pytest.mark.parametrize("name", REWARDS)

@@ -285,8 +285,8 @@ def test_code_does_not_read_what_its_test_prints() -> None:
 def test_an_endless_talk_is_a_timeout(code: str, test: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_code(code, test, seconds=0.3).status == "timeout"
     # On a busy machine, both processes also wait for a core all the time.
-    times = run._times
-    monkeypatch.setattr(run, "_times", lambda *given: (times(*given)[0], given[-1]))
+    times = run._seconds_of_both
+    monkeypatch.setattr(run, "_seconds_of_both", lambda *given: (times(*given)[0], given[-1]))
     assert run_code(code, test, seconds=0.3).status == "timeout"
 
 

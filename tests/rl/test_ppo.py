@@ -18,6 +18,7 @@ from pipeline.rl.ppo import PPOTrainer
 from pipeline.rl.ppo_metrics import Averages, of_update
 from recipes.worlds.pocket.annotators import hidden_taste
 from tests.helpers import ppo_toy as toy
+from tests.helpers.small_model import ROOT
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 
@@ -400,22 +401,6 @@ def test_the_variance_of_ratios_near_1_is_exact() -> None:
     assert variance == pytest.approx(5e-12, rel=1e-4)
 
 
-class EntropyBonus(PPOTrainer):
-    """Adds an entropy bonus to the loss, as a subclass would that does not know `entropy_coef`."""
-
-    bonus = 0.0
-
-    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
-        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
-        mask = inputs["completion_mask"]
-        attention_mask = torch.cat([inputs["prompt_mask"], mask], 1)
-        _, entropies, _ = self._get_per_token_logps_and_entropies(
-            model, ids, attention_mask, mask.shape[1], compute_entropy=True
-        )
-        return loss - self.bonus * (entropies * mask).sum() / mask.sum()
-
-
 def test_a_subclass_can_score_completions_as_the_docstring_shows(tmp_path: Path) -> None:
     """The metrics follow, and so does what is learned."""
     code = re.search(r"^        class .*?\n\n", PPOTrainer.__doc__, re.MULTILINE | re.DOTALL)
@@ -436,17 +421,61 @@ def test_a_subclass_can_score_completions_as_the_docstring_shows(tmp_path: Path)
     assert not torch.equal(weights(plain.value_model), weights(brief.value_model))
 
 
-def test_an_entropy_bonus_of_a_subclass_trains_the_policy_as_entropy_coef_does(tmp_path: Path) -> None:
-    def trained(name: str, bonus: float = 0.0, **changes: Any) -> torch.Tensor:
+def entropy_trainer(coefficient: str) -> type[PPOTrainer]:
+    """Return the class in `docs/ppo.md`, with another coefficient of the entropy."""
+    page = (ROOT / "docs/ppo.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n((?:(?!```).)*class EntropyPPO.*?)```", page, re.DOTALL)
+    namespace: dict[str, Any] = {}
+    exec(code.replace("0.01", coefficient), namespace)  # noqa: S102
+    return namespace["EntropyPPO"]
+
+
+def test_the_entropy_bonus_of_the_page_trains_the_policy_as_entropy_coef_does(tmp_path: Path) -> None:
+    def trained(name: str, kind: type[PPOTrainer], **changes: Any) -> torch.Tensor:
         args = toy.config(tmp_path / name, max_steps=3, optim="sgd", learning_rate=0.1, **changes)
-        ppo = EntropyBonus(toy.policy(), toy.share_of_red, args, toy.prompts(), processing_class=toy.tokenizer())
-        ppo.bonus = bonus
+        ppo = kind(toy.policy(), toy.share_of_red, args, toy.prompts(), processing_class=toy.tokenizer())
         ppo.train()
         return weights(ppo.model)
 
-    plain, option, subclass = trained("plain"), trained("option", entropy_coef=0.5), trained("subclass", bonus=0.5)
+    plain = trained("plain", PPOTrainer)
+    option = trained("option", PPOTrainer, entropy_coef=0.5)
+    subclass = trained("subclass", entropy_trainer("0.5"))
     torch.testing.assert_close(subclass, option)
     assert (subclass - plain).abs().max() > 1e-4
+
+
+def test_without_its_attribute_the_entropy_of_a_subclass_has_no_gradient(tmp_path: Path) -> None:
+    kind = entropy_trainer("0.5")
+    policies = []
+    for learns in (True, False):
+        kind.learns_from_entropy = learns
+        args = toy.config(tmp_path / str(learns), max_steps=1)
+        ppo = kind(toy.policy(), toy.share_of_red, args, toy.prompts(), processing_class=toy.tokenizer())
+        ppo.train()
+        assert ppo.latest_entropies.requires_grad == learns
+        policies.append(weights(ppo.model))
+    plain = trainer(tmp_path / "plain", max_steps=1)
+    plain.train()
+    assert torch.equal(policies[1], weights(plain.model))
+    assert not torch.equal(policies[0], policies[1])
+
+
+def test_what_tokens_add_to_the_loss_does_not_depend_on_how_a_step_is_divided(tmp_path: Path) -> None:
+    """With completions of different lengths, in one micro-batch or in four."""
+    kind = entropy_trainer("0.5")
+    policies = []
+    for size in (8, 2):
+        options: dict[str, Any] = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size}
+        args = toy.config(tmp_path / str(size), max_steps=1, optim="sgd", learning_rate=0.1, **options)
+        policy = toy.policy()
+        with torch.no_grad():
+            # Otherwise, hardly a completion of so small a model ends before the limit.
+            policy.lm_head.weight[toy.tokenizer().eos_token_id] += 0.5
+        ppo = kind(policy, toy.share_of_red, args, toy.prompts(), processing_class=toy.tokenizer())
+        ppo.train()
+        assert logged(ppo, "completions/min_length") < logged(ppo, "completions/max_length")
+        policies.append(weights(ppo.model))
+    torch.testing.assert_close(*policies)
 
 
 def test_an_entropy_that_is_only_logged_costs_no_gradient(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from trl import GRPOConfig
 
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo import PPOConfig, PPOTrainer
-from pipeline.training.frozen_weights import unrounded
+from pipeline.training.frozen_weights import restore_frozen_weights
 from tests.helpers import ppo_toy as toy
 from tests.helpers.vllm_stub import LLM, SamplingParams
 
@@ -131,7 +131,7 @@ def test_only_weights_that_merging_changes_are_copied(monkeypatch: pytest.Monkey
         return to(tensor, *args, **kwargs)
 
     monkeypatch.setattr(torch.Tensor, "to", count)
-    with unrounded(policy):
+    with restore_frozen_weights(policy):
         policy.merge_adapter()
         policy.unmerge_adapter()
     assert copied == [weight.numel() for name, weight in before.items() if "q_proj.base_layer" in name]

@@ -150,10 +150,10 @@ def test_a_terminal_shows_the_stages_and_nothing_is_left_over(columns: int) -> N
     assert re.fullmatch(r"4 steps in [\d.]+ s", run.lines()[-1])
     assert widest(run.written) <= min(columns, MAX_COLUMNS), "a time does not stand far from its name"
     assert not run.screen.cursor.hidden
-    again = terminal(columns=columns)
-    assert again.end() == 0
-    assert [line.split() for line in again.lines()[1:-1]] == [["=", name, "kept"] for name in STAGES]
-    assert again.lines()[-1] == "nothing to do: all steps had finished"
+    second_run = terminal(columns=columns)
+    assert second_run.end() == 0
+    assert [line.split() for line in second_run.lines()[1:-1]] == [["=", name, "kept"] for name in STAGES]
+    assert second_run.lines()[-1] == "nothing to do: all steps had finished"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -175,10 +175,10 @@ def test_a_stopped_run_says_what_is_kept_and_how_to_go_on(number: signal.Signals
     ]
     assert run.lines()[4].startswith("✗  2_sft") and len(run.lines()) == 8
     assert not run.screen.cursor.hidden
-    again = terminal()
-    again.wait_for("✓  2_sft")
-    assert again.end() == 0
-    assert [line.split()[0] for line in again.lines()[1:5]] == ["=", "=", "=", "✓"]
+    second_run = terminal()
+    second_run.wait_for("✓  2_sft")
+    assert second_run.end() == 0
+    assert [line.split()[0] for line in second_run.lines()[1:5]] == ["=", "=", "=", "✓"]
 
 
 def test_a_step_saves_when_its_terminal_is_closed() -> None:
@@ -298,8 +298,13 @@ def test_the_main_figure_of_a_stage_is_shown() -> None:
         Path(f"runs/r/evaluations/{name}.json").write_text(json.dumps(content))
     Path("runs/r/evaluations/3_ppo.json").write_text("{")
     state = RunState(Path("runs/r"), STEPS, TODO, {})
-    shown = ["bits per byte 2.644", "", "instruction accuracy 0.930", ""]
-    assert [state.main_metric(step.name) for step in STEPS] == shown
+    # 1_pretrain was not evaluated, 2_sft starts from it, and the file of 3_ppo is damaged.
+    assert [state.main_metric(step.name) for step in STEPS] == [
+        "bits per byte 2.644",
+        "",
+        "instruction accuracy 0.930",
+        "",
+    ]
 
 
 def test_without_grades_a_stage_is_judged_by_the_likelihood_of_answers() -> None:
@@ -307,10 +312,10 @@ def test_without_grades_a_stage_is_judged_by_the_likelihood_of_answers() -> None
     path = Path("runs/r/evaluations/2_sft.json")
     assert state.main_metric("2_sft") == ""
     path.parent.mkdir(parents=True)
-    own = {"stop_rate": {"value": 0.5}, "answer_bits_per_byte": {"value": 1.25}}
-    path.write_text(json.dumps({"metrics": own}))
+    ungraded = {"stop_rate": {"value": 0.5}, "answer_bits_per_byte": {"value": 1.25}}
+    path.write_text(json.dumps({"metrics": ungraded}))
     assert state.main_metric("2_sft") == "bits per byte of answers 1.250"
-    path.write_text(json.dumps({"metrics": own | {"instruction_accuracy": {"value": 0.25}}}))
+    path.write_text(json.dumps({"metrics": ungraded | {"instruction_accuracy": {"value": 0.25}}}))
     assert state.main_metric("2_sft") == "instruction accuracy 0.250"
 
 
@@ -354,22 +359,29 @@ def test_answers_and_votes_are_counted_and_a_run_that_waits_has_not_failed(
 def test_the_time_left_is_that_of_an_earlier_run_at_the_speed_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    measured = {"0_random": 2.0, "1_pretrain": 10.0, "2_sft": 20.0, "3_ppo": 40.0}
-    state = RunState(Path("runs/r"), STEPS, TODO, measured)
+    earlier_seconds = {"0_random": 2.0, "1_pretrain": 10.0, "2_sft": 20.0, "3_ppo": 40.0}
+    state = RunState(Path("runs/r"), STEPS, TODO, earlier_seconds)
     assert state.seconds_left() == (None, 72.0)
+    # The first step takes 4 s instead of 2 s, so the others are expected to take 2 * (10 + 20 + 40) s.
     state.start(STEPS[0])
     state.end(STEPS[0], 4.0, finished=True)
-    assert state.seconds_left()[1] == 140.0, "half as fast as before"
+    assert state.seconds_left()[1] == 140.0
     state.start(STEPS[1])
     state.progress.update({"done": 0, "total": 100})
     now = 10.0
     state.progress.update({"done": 1, "total": 100})
     assert state.seconds_left()[0] == 10.0, "the first update compiles and says nothing about the others"
+    # 50 updates in 10 s: the other 49 take 9.8 s, and the step 29.8 s. So the steps that were expected to take 2 s and
+    # 10 s take 4 s and 29.8 s, and the last two, with 60 s, are slowed down alike.
     now = 20.0
     state.progress.update({"done": 51, "total": 100})
     assert state.seconds_left() == (pytest.approx(9.8), pytest.approx(9.8 + 60 * (4 + 29.8) / 12))
+
+
+def test_a_first_run_has_no_time_left_until_a_training_shows_the_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "monotonic", lambda: 0.0)
     state = RunState(Path("runs/r"), STEPS, TODO, {})
-    assert state.seconds_left() == (None, None), "nothing is known yet"
+    assert state.seconds_left() == (None, None)
     state.start(STEPS[0])
     state.end(STEPS[0], 4.0, finished=True)
     assert state.seconds_left() == (None, None), "random weights say nothing about trainings"
@@ -391,8 +403,8 @@ def test_a_file_gets_a_line_for_each_quarter_of_a_step() -> None:
     configure("2_sft", reports=40)
     assert end(start("recipe", environment=environment())) == 0
     out = Path("out").read_text()
-    done = [int(found) for found in re.findall(r"^    (\d+)/40, loss 0.5, .* left of the run$", out, re.MULTILINE)]
-    quarters = [4 * shown // 40 for shown in done]
+    done = re.findall(r"^    (\d+)/40, loss 0.5, .* left of the run$", out, re.MULTILINE)
+    quarters = [4 * int(number) // 40 for number in done]
     assert len(quarters) >= 2 and quarters == sorted({1, 2, 3} & set(quarters)), "each at most once"
     assert "\r" not in out and "\x1b" not in out
 
@@ -411,21 +423,21 @@ def test_without_a_terminal_a_step_prints_a_line_for_each_quarter(
             report_progress(done=number, total=40, loss=0.5, tokens_per_second=12063)
             time.sleep(0.05)
     line = r"    (\d+)/40, loss 0.5, 12,063 tokens/s, [^,]+ left, [^,]+ left of the run"
-    found = [re.fullmatch(line, shown) for shown in capsys.readouterr().out.splitlines()]
-    quarters = [4 * int(match[1]) // 40 for match in found if match]
-    assert len(quarters) == len(found) >= 2 and quarters == sorted({1, 2, 3} & set(quarters)), "each at most once"
+    matches = [re.fullmatch(line, printed) for printed in capsys.readouterr().out.splitlines()]
+    quarters = [4 * int(match[1]) // 40 for match in matches if match]
+    assert len(quarters) == len(matches) >= 2 and quarters == sorted({1, 2, 3} & set(quarters)), "each at most once"
 
 
 def test_what_is_kept_of_a_stopped_run() -> None:
     state = RunState(Path("runs/r"), STEPS, TODO, {})
     state.start(STEPS[2])
-    assert state.kept(STEPS[2], 130) == "the steps before it"
+    assert state.describe_kept(STEPS[2], 130) == "the steps before it"
     state.progress.update({"done": 120, "total": 296})
-    assert state.kept(STEPS[2], 137) == "the steps before it, and its last checkpoint, if any"
+    assert state.describe_kept(STEPS[2], 137) == "the steps before it, and its last checkpoint, if any"
     state.progress.update({"stopping": "SIGINT"})
-    assert state.kept(STEPS[2], 130) == "2_sft up to 120 of 296, and the steps before it"
-    assert state.kept(STEPS[2], 137) == "the steps before it, and its last checkpoint, if any"
-    assert state.kept(STEPS[2], 0) == "2_sft, which had finished, and the steps before it"
+    assert state.describe_kept(STEPS[2], 130) == "2_sft up to 120 of 296, and the steps before it"
+    assert state.describe_kept(STEPS[2], 137) == "the steps before it, and its last checkpoint, if any"
+    assert state.describe_kept(STEPS[2], 0) == "2_sft, which had finished, and the steps before it"
 
 
 def test_only_the_first_process_reports_and_one_without_a_runner_does_nothing(

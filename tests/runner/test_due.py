@@ -117,6 +117,22 @@ def run_again(recipe: Path) -> None:
 
 
 @pytest.mark.usefixtures("own_run")
+def test_a_trainer_of_the_user_makes_its_stage_due_and_so_does_an_edit_of_it(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(".")
+    Path("my_ppo.py").write_text("raise SystemExit('planning imports nothing')\n")
+    change(recipe, "3_ppo", {"trainer": "my_ppo:EntropyPPO"})
+    assert due(recipe)["3_ppo"].reason == "its configuration changed (trainer: None -> my_ppo:EntropyPPO)"
+    run_again(recipe)
+    assert due(recipe) == {}
+    Path("my_ppo.py").write_text("raise SystemExit('changed')\n")
+    decisions = due(recipe)
+    assert decisions["3_ppo"].reason == "my_ppo.py has changed"
+    assert {"evaluate_3_ppo", "4_grpo"} <= decisions.keys() and "2_sft" not in decisions
+
+
+@pytest.mark.usefixtures("own_run")
 def test_an_edited_function_of_the_user_is_noticed(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reward is edited ten times an hour; the run called itself finished."""
     monkeypatch.syspath_prepend(".")

@@ -14,7 +14,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from pipeline.__main__ import main
-from pipeline.runner.launcher import machines
+from pipeline.runner.launcher import machine_arguments
 from pipeline.runner.processes import run_command
 from tests.helpers.small_model import ROOT, save_tokenizer
 
@@ -53,11 +53,11 @@ SLURM = {
 
 
 def test_a_launcher_finds_its_place_in_the_environment() -> None:
-    assert machines({"SLURM_NODEID": "1"}) == [], "several nodes were not asked for"
+    assert machine_arguments({"SLURM_NODEID": "1"}) == [], "several nodes were not asked for"
     several = {"NUM_MACHINES": "4", "MASTER_ADDR": "node1", "MASTER_PORT": "2000", "SLURM_NODEID": "3"}
     words = ["--num_machines", "4", "--machine_rank", "3", "--main_process_ip", "node1", "--main_process_port", "2000"]
-    assert machines(several) == words
-    assert machines(several | {"MACHINE_RANK": "2"})[3] == "2"
+    assert machine_arguments(several) == words
+    assert machine_arguments(several | {"MACHINE_RANK": "2"})[3] == "2"
 
 
 def test_only_launched_steps_are_started_by_the_launcher(capsys: pytest.CaptureFixture[str]) -> None:

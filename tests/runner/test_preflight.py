@@ -14,7 +14,7 @@ from tests.helpers.small_model import ROOT
 
 LATE = {
     "1_pretrain": {"block_size": 4096},
-    "2_sft": {"max_length": 2560, "chat_template_path": "nope.jinja"},
+    "2_sft": {"max_length": 2560, "chat_template_path": "nope.jinja", "trainer": "trl:SFTTrainer"},
     "3_preferences": {"max_new_tokens": 5120, "tools": ["calculater"]},
     "3_ppo": {"reward_model_path": "./other/3_reward", "use_peft": True, "lora_target_modules": ["q_prj"]},
     "4_grpo": {
@@ -29,6 +29,7 @@ LATE = {
 
 REFUSED = [
     "1_pretrain: block_size: 4096: the model's context is 512 tokens",
+    "2_sft: trainer: trl:SFTTrainer: must be a subclass of pipeline.training.fine_tuning.SFTTrainer",
     "2_sft: chat_template_path: nope.jinja: there is no such file",
     "2_sft: max_length: 2560: the model's context is 512 tokens",
     "3_preferences: tools: calculater: did you mean calculator?",

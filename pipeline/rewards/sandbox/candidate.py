@@ -1,4 +1,7 @@
-"""The process of the sandbox that runs an answer's code, see `pipeline.rewards.sandbox.child`."""
+"""The process of the sandbox that runs the code in an answer.
+
+`pipeline.rewards.sandbox.child` explains its part, and `messages` draws what it exchanges with the examiner.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,10 @@ if TYPE_CHECKING:
 
 
 def has_any(target: object, *names: str) -> bool:
-    """Return whether an object has any of these attributes. With `__getattr__`, `hasattr` would find them all."""
+    """Return whether an object has any of these attributes.
+
+    `hasattr` is not used, because a class with `__getattr__` may claim to have every attribute.
+    """
     attributes = set().union(*map(vars, type(target).__mro__), getattr(target, "__dict__", ()))
     return not attributes.isdisjoint(names)
 
@@ -37,11 +43,18 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
         "str", "repr", "hash", "iter", "next", "reversed", "len", "int", "float", "bool", "format", "round", "divmod",
     )},
 }  # fmt: skip
-"""Operations that the test may do with an object; `operator` and the object's class provide the others."""
+"""Operations that the test may do with an object, by the name in a request.
+
+For other names, `operate` uses the function of the `operator` module or the method of the object's class.
+"""
 
 
 class Guest(SimpleNamespace):
-    """An object of the test, which stays in the test's process; the examiner decides what the code may do with it."""
+    """Stand-in for an object of the test, which stays in the test's process.
+
+    Reading or setting an attribute and comparing are requests to the examiner, which decides whether they are allowed.
+    `_ask(how, *args)` sends such a request and returns the result.
+    """
 
     __hash__ = object.__hash__  # type: ignore[assignment]
 
@@ -51,25 +64,33 @@ class Guest(SimpleNamespace):
         return self._ask("get", name)
 
 
+# `guest == 3` becomes `guest._ask("__eq__", 3)`.
 for _name in ("__setattr__", *COMPARISONS):
     setattr(Guest, _name, partialmethod(lambda self, *request: self._ask(*request), _name))
 
 
 class Candidate(Peer):
-    """Runs the code and answers the examiner's requests. The code can change anything in this process."""
+    """Run the code and answer the examiner's requests. The code can change anything in this process.
+
+    Args:
+        incoming: Descriptor of the pipe from the examiner.
+        outgoing: Descriptor of the pipe to the examiner.
+    """
 
     def __init__(self, incoming: int, outgoing: int) -> None:
         super().__init__(incoming, outgoing)
-        # Objects that the examiner knows by number are kept alive, so that their ids stay unique.
+        # Objects that the examiner has stand-ins for. An object's number is its index in this list, which also keeps
+        # the object alive, so that no other object gets its id.
         self.objects: list[Any] = []
-        # The number of each, by its id.
+        # The number of each object, by its id.
         self.numbers: dict[int, int] = {}
         # Stand-ins for the test's functions, iterators and objects, by the examiner's numbers.
         self.functions: dict[int, Any] = {}
+        # The module whose globals the code defines.
         self.module = ModuleType("answer")
 
     def answer(self, request: dict[str, Any]) -> None:
-        """Run the code or use a kept object, and send the result."""
+        """Run the code, or do an operation with a kept object, and send the result or the error."""
         try:
             if "operation" in request:
                 reply = self.operate(request)
@@ -153,13 +174,19 @@ class Candidate(Peer):
         return {"kept": [self.numbers[id(value)], base.__name__ if base else None]}
 
     def resolve(self, kind: str, content: Any, named: bool) -> object:
-        """Return a kept object, or a stand-in for a function, an iterator or an object of the test."""
+        """Return a kept object, or a stand-in for a function, an iterator or an object of the test.
+
+        Args:
+            kind: "kept", "function", "iterator" or "object".
+            content: The object's number.
+            named: Not used here; see `Peer.decode`.
+        """
         if kind == "kept":
             return self.objects[content]
 
         def ask(how: str, /, *args: object, **named: object) -> object:
             self.send({"call": content, "how": how, "args": self.encode(args), "named": self.encode(named)})
-            # The function may use what the code has defined.
+            # While the test's function runs, it may use what the code has defined.
             while "operation" in (reply := self.receive()):
                 self.answer(reply)
             if "error" in reply:
@@ -171,6 +198,6 @@ class Candidate(Peer):
         if kind == "object":
             stand_in = Guest(_ask=ask)
         elif kind == "iterator":
-            # `iter` ends with the StopIteration that the call raises.
+            # An iterator that calls until the call raises StopIteration; no result equals the new object.
             stand_in = iter(call, object())
         return self.functions.setdefault(content, stand_in)

@@ -1,4 +1,7 @@
-"""The process of the sandbox that runs a test against stand-ins, see `pipeline.rewards.sandbox.child`."""
+"""The process of the sandbox that runs a test against stand-ins for the code's objects.
+
+`pipeline.rewards.sandbox.child` explains its part, and `messages` draws what it exchanges with the candidate.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,15 @@ if TYPE_CHECKING:
 
 
 def compares_with_literals(test: str, among_others: bool = False) -> bool:
-    """Return whether a test compares single values with literals: `k = f(xs)`, `assert k == 2 and xs[:k] == [1, 2]`.
+    """Return whether all comparisons of a test are of single values with literals.
 
-    It does little else; with `among_others`, it may do anything else.
+    Example:
+        `k = f(xs)`, `assert k == 2 and xs[:k] == [1, 2]`
+
+    Args:
+        test: Python source.
+        among_others: Whether the test may also contain any other statements. Otherwise it may only call functions,
+            assign, and combine comparisons.
     """
     # Few tests need this import, which takes long.
     import ast
@@ -26,16 +35,16 @@ def compares_with_literals(test: str, among_others: bool = False) -> bool:
     plain: list[type] = [ast.Module, ast.Assign, ast.Expr, ast.Assert, ast.BoolOp, ast.And, ast.Eq, ast.expr_context]
     plain += [ast.Name, ast.Attribute, ast.Constant, ast.Slice, ast.UnaryOp, ast.USub]
 
-    def fits(node: ast.AST) -> bool:
+    def is_allowed(node: ast.AST) -> bool:
         match node:
             case ast.Compare(left, [ast.Eq() | ast.Is() | ast.IsNot()], [literal]):
                 calculates = any(isinstance(part, ast.BinOp) for part in ast.walk(left))
                 has_names = any(isinstance(part, ast.Name) for part in ast.walk(literal))
                 return not calculates and not has_names
-            # What a function relates, such as `isclose(f(n), n.next)`, is not a comparison.
+            # `assert isclose(f(n), n.next)` compares with something that is not a literal.
             case ast.Assert(test) if among_others:
                 return isinstance(test, ast.Compare)
-            # A function or a class, and one variable.
+            # The called function or class, and at most one variable.
             case ast.Call(func=ast.Name() | ast.Attribute(value=ast.Call())):
                 return sum(isinstance(part, ast.Name) for part in ast.walk(node)) <= 2
             case ast.List() | ast.Tuple() | ast.Set() | ast.Dict():
@@ -45,11 +54,11 @@ def compares_with_literals(test: str, among_others: bool = False) -> bool:
         return isinstance(node, tuple(plain))
 
     checked = (ast.Compare, ast.Assert) if among_others else ast.AST
-    return all(fits(node) for node in ast.walk(ast.parse(test)) if isinstance(node, checked))
+    return all(is_allowed(node) for node in ast.walk(ast.parse(test)) if isinstance(node, checked))
 
 
 class Type(type):
-    """What tests know as `type`: for a stand-in, it returns the stand-in of the object's class, never a plain class."""
+    """Replacement of `type` in tests. For a stand-in, it returns the stand-in of the object's class."""
 
     def __new__(cls, value: Any, *more: Any) -> Any:
         if more:
@@ -62,10 +71,11 @@ class Type(type):
 
 
 class Examiner(Peer):
-    """Runs the test against stand-ins for what the code has defined.
+    """Run the test against stand-ins for what the code has defined.
 
     Attributes:
-        status: What a test that raises means, "failed" unless the code ran out of memory or was refused something.
+        status: The verdict if the test raises an exception: "failed", or "memory" or "refused" if the code ran out of
+            memory or was refused something.
     """
 
     def __init__(self, incoming: int, outgoing: int) -> None:
@@ -79,8 +89,9 @@ class Examiner(Peer):
         # The test, and the attributes that it uses although plain values lack them.
         self.test = ""
         self.attributes: list[str] = []
-        # What the candidate knows of the test by number, and the assertions that failed in its functions.
+        # Functions, iterators and objects of the test that were passed to the candidate. Their numbers are the indices.
         self.functions: list[Any] = []
+        # Assertions that failed while the code called these functions. The code may have caught the exceptions.
         self.failures: list[AssertionError] = []
         # Stand-ins for objects of the candidate, by its numbers.
         self.remotes: dict[int, Remote] = {}
@@ -104,7 +115,11 @@ class Examiner(Peer):
             raise self.failures[0]
 
     def namespace(self, definitions: dict[str, Any]) -> dict[str, Any]:
-        """Return the globals of the test: what the code has defined, as values and stand-ins."""
+        """Return the globals of the test: what the code has defined, as values and stand-ins.
+
+        Args:
+            definitions: The encoded values by name, as the candidate sent them.
+        """
         namespace: dict[str, Any] = {"__name__": "test"}
         if "type(" in self.test:
             namespace["type"] = Type
@@ -132,11 +147,18 @@ class Examiner(Peer):
         return namespace
 
     def ask(self, target: int, operation: str, *args: object, **named: object) -> Any:
-        """Do an operation on an object of the candidate and return the result."""
+        """Do an operation with an object of the candidate and return the result.
+
+        Args:
+            target: The object's number.
+            operation: A key of `candidate.OPERATIONS`, or the name of a method.
+            *args: Arguments of the operation. Lists, dicts and sets may be changed in place.
+            **named: Keyword arguments of the operation.
+        """
         message = {"operation": operation, "target": target, "args": self.encode(args), "named": self.encode(named)}
         reply = self.request(message)
-        # A result must be compared with the originals. A call may change its arguments if it returns nothing, or if the
-        # test compares with nothing but literals.
+        # Normally, a test compares the result with the arguments as they were: wrong code could change both to be
+        # equal. The code's changes count if the call returns None, or if the test compares only with literals.
         if reply["value"] is None or (reply["args"] != message["args"] and compares_with_literals(self.test)):
             argument: Any
             for argument, changed in zip(args, self.decode(reply["args"]), strict=True):
@@ -174,7 +196,7 @@ class Examiner(Peer):
         # Python's own exceptions have fields, and the `__init__` of others belongs to the code.
         error: Any = kind(*args) if kind.__module__ == "builtins" else kind.__new__(kind, *args)
         vars(error).update(self.decode(reply["attributes"]), __message__=reply["message"])
-        # The code's own process has printed these.
+        # The candidate has printed errors of the code itself, and refusals.
         vars(error)["__printed__"] = "code" in message or reply["status"] != "failed"
         # A StopIteration would end a loop of the test, so it becomes a RuntimeError, as in a generator.
         if isinstance(error, StopIteration) and message.get("operation") != "__next__":
@@ -182,7 +204,14 @@ class Examiner(Peer):
         raise error
 
     def use(self, target: Any, how: str, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """Call a function of the test for the code, or do with an object of the test what the code may do with it."""
+        """Do for the code what it requests with a function, iterator or object of the test, if that is allowed.
+
+        Args:
+            target: The function, iterator or object.
+            how: "call", "get", "__setattr__", or one of `COMPARISONS`.
+            args: For a call, its arguments. For an attribute, its name, and the new value if it is set.
+            named: Keyword arguments of a call.
+        """
         if how == "call":
             # An iterator is called for its next item.
             function = target if callable(target) else target.__next__
@@ -195,7 +224,8 @@ class Examiner(Peer):
             raise AttributeError(name)
         if how == "get":
             return getattr(target, name)
-        # The code may link objects anew, but change neither their methods nor what its result is compared with.
+        # The code may set attributes that link objects, such as `node.next`. It may change neither methods nor what its
+        # result is compared with.
         is_link = name in vars(target) and (value[0] is None or type(value[0]).__module__ == "test")
         if how != "__setattr__" or not is_link or not compares_with_literals(self.test, among_others=True):
             raise TypeError(f"the code may not change {name}")
@@ -223,7 +253,16 @@ class Examiner(Peer):
         return {kind: len(self.functions) - 1}
 
     def resolve(self, kind: str, content: Any, named: bool) -> Any:
-        """Return a function, iterator or object of the test, or a stand-in for an object of the code."""
+        """Return a function, iterator or object of the test, or a stand-in for an object of the code.
+
+        Args:
+            kind: "function", "module", "exception" or "kept".
+            content: The number of a function; the name of a module or exception; number and plain class of an object.
+            named: Whether a module or an exception is allowed.
+
+        Raises:
+            ValueError: If `kind` is none of them, because the candidate may send anything.
+        """
         if named and kind == "module" and content.partition(".")[0] in sys.stdlib_module_names:
             return importlib.import_module(content)
         if named and kind == "exception":

@@ -45,6 +45,7 @@ VIEWS: dict[type, Callable[[Any], Any]] = {
     type({}.values()): lambda items: dict(enumerate(items)).values(),
     type({}.items()): lambda items: dict(items).items(),
 }
+# How to make containers and views from their items, by the name of the class.
 MAKERS = CONTAINERS | {kind.__name__: make for kind, make in VIEWS.items()}
 # Classes that are sent by name.
 CLASSES = VALUES | dict.fromkeys(("bool", "bytes", "dict", "float", "int", "str", *CONTAINERS), "builtins")
@@ -79,10 +80,14 @@ def class_named(name: str) -> Any:
 
 
 class Peer:
-    """One of the two processes: it sends values to the other one, and reads what it receives.
+    """One of the two processes, which exchange values through pipes.
 
-    A subclass defines in `describe` and `resolve` what it sends instead of objects that are not plain, and in `members`
-    the attributes of the exception classes that it makes for the other process's.
+    Attributes:
+        describe: Method of a subclass. It returns the JSON that is sent instead of an object that is not plain.
+        resolve: Method of a subclass. It returns the object for what the other process's `describe` has sent.
+        gone: Whether the other process has ended.
+        members: Attributes of each exception class that is made in place of the other process's class.
+        exceptions: Exception classes that one of the processes has sent, by name.
     """
 
     describe: Callable[[Any], Any]
@@ -148,10 +153,10 @@ class Peer:
 
         Args:
             data: JSON. The other process may have written anything.
-            named: Whether it may be a module or a class of exceptions, as what the code has defined under a name.
+            named: Whether the value has a name in the code. Only then it may be a module or an exception class.
 
         Raises:
-            ValueError: If it is NaN, or nothing that `encode` returns.
+            ValueError: If the value is NaN, or if `encode` would not return such data.
         """
         # `encode` tags lists.
         if isinstance(data, list):
@@ -214,8 +219,8 @@ class Peer:
 def print_error(error: BaseException, frames: int) -> None:
     """Print an error as Python does, with the last `frames` frames of the answer and of the test alone.
 
-    The other frames are the sandbox's and the standard library's. Their paths differ from one machine to the next, and
-    with them what a model would read and answer.
+    The other frames belong to the sandbox and the standard library. Their paths differ between machines, and a model
+    that reads the output would answer differently.
     """
     report = traceback.TracebackException.from_exception(error, lookup_lines=False)
     stack = [frame for frame in report.stack if frame.filename in ("answer", "test")]

@@ -21,11 +21,11 @@ from pipeline.rewards.sandbox.messages import CHANGEABLE, TYPE_CHECKING
 if TYPE_CHECKING:
     from typing import Any
 
-# What the test has shown to expect of a stand-in:
-# UNKNOWN: perhaps a plain value, such as the result of a function.
-# USED: the result of an object, so its truth may be its own.
+# `expectation`: what the test has shown that it expects a stand-in to be, in increasing order.
+# UNKNOWN: perhaps a plain value. It is, for example, the result of a function.
+# USED: the result of an operation with an object. The code may decide whether it is true.
 # OBJECT: an object, because the test has used an attribute that plain values lack, or has called a class.
-# CLASS: a class, whose name begins with a capital.
+# CLASS: a class, because its name begins with a capital.
 UNKNOWN, USED, OBJECT, CLASS = range(4)
 
 # Names of attributes that plain values have.
@@ -45,16 +45,21 @@ def refusal(name: str) -> TypeError:
 
 
 class Remote:
-    # An object that stays with the candidate. It never equals a plain value, unless its class extends int, list, …
-    # (`base`): then its plain value is compared. Until the test has shown that it expects an object (UNKNOWN, …), `in`
-    # compares the items, and the stand-in is neither true nor false. Methods and comparisons of two are the code's own.
+    # Stand-in for an object that stays with the candidate.
+    #
+    # It never equals a plain value, unless its class extends int, list, … (`base`): then its plain value is compared.
+    # Until the test has shown that it expects an object, `in` compares the items, and the stand-in is neither true nor
+    # false. Methods, and comparisons of two stand-ins, are left to the code.
+    #
+    # This is a comment because a test may read the `__doc__` of the object. Attributes of the stand-in itself end with
+    # two underscores, so that they are not confused with the object's.
 
     __slots__ = ("state__",)
 
     def __init__(self, examiner: Any, number: int, base: type | None, is_class: bool) -> None:
         state = SimpleNamespace(
             examiner=examiner,
-            # Of the object, in the candidate.
+            # The object's number in the candidate.
             number=number,
             # The plain class that the object's class extends, or None.
             base=base,
@@ -62,7 +67,7 @@ class Remote:
             # The plain value, once it has been requested.
             value=None,
             expectation=UNKNOWN,
-            # Whether it results from calculating with a plain value, so that what the code makes of it must be objects.
+            # Whether it results from a calculation with a plain value. Then further results must be objects, too.
             mixed=False,
         )
         # `__setattr__` sets attributes of the object.
@@ -152,7 +157,7 @@ class Remote:
     def __subclasscheck__(self, kind: object) -> bool:
         return isinstance(kind, Remote) and self.ask__("issubclass", kind) is True
 
-    # Python would find the description of this class.
+    # Without this, Python would find the docstring of this class.
     __doc__ = property(lambda self: self.__getattr__("__doc__"))
 
     @property  # type: ignore[misc]
@@ -161,14 +166,16 @@ class Remote:
         return self.state__.base or Remote
 
 
-# The effect of a stand-in's operator, by the other operand. A subclass of int, list, … compares, calculates and
-# converts like its plain value, until the test has shown that it expects an object.
+# What an operator of a stand-in does depends on the other operand:
 #
-#                     a plain value                                        another stand-in
+#                     with a plain value                                   with another stand-in
 #     <, <=, >, >=    is refused                                           the code compares
-#     +, -, *, ...    the code calculates. Before the test has shown       the code calculates; what is made of
-#                     OBJECT, the result must be an object (`mixed`)       something mixed must be an object
-#     len, int, ...   the code converts, but nothing that is mixed
+#     +, -, *, ...    the code calculates. Unless the test expects an      the code calculates. If one of them is
+#                     OBJECT, the result must be one (`mixed`)             `mixed`, the result must be an object
+#     len, int, ...   the code converts; refused if `mixed`                -
+#
+# An object whose class extends int, list, … compares, calculates and converts like its plain value, until the test has
+# shown that it expects an object.
 
 
 def _operator(name: str, kind: tuple[str, ...]) -> Callable[..., Any]:

@@ -38,6 +38,7 @@ OUTPUT_BYTES = 16_384
 PATIENCE_SECONDS = 30.0
 """Wall-clock limit for a loaded machine to start Python, and again to run the code."""
 
+# `validate_sandbox` runs right code with a test that prints which of the sandbox's promises this machine breaks.
 RIGHT = "import collections, itertools, json, math, random, re\ndef f(xs):\n    return sorted(xs)"
 PROBE = """
 import os, socket
@@ -81,7 +82,7 @@ class Outcome(NamedTuple):
 
 @cache
 def _probe() -> Outcome:
-    """Run right code in the sandbox, and try what it must not do; the output names what it could do."""
+    """Run right code in the sandbox with a test that tries what it must not do. The output names what it could do."""
     return _run(RIGHT, PROBE, PATIENCE_SECONDS, 256, unconfined=True)
 
 
@@ -137,10 +138,10 @@ def run_many(
 
 
 def _run(code: str, test: str, seconds: float, memory_mb: int, unconfined: bool) -> Outcome:
-    """Run the child on code and test, and kill it and its session.
+    """Start the child on code and test, wait for its verdict, and kill it and its session.
 
-    Besides the statuses in `Outcome`, there is "unconfined": the kernel does not confine the child, and the argument
-    `unconfined` does not allow that.
+    The arguments are the ones of `run_code`. `unconfined` says whether the child may run where the kernel does not
+    confine it; if not, the status there is "unconfined", in addition to the statuses in `Outcome`.
     """
     # The verdict comes through a pipe, and is only believed with this token.
     token = secrets.token_hex(16)
@@ -191,10 +192,10 @@ def _wait(examiner: int, reader: int, token: bytes, directory: str, seconds: flo
     The child writes two lines, "TOKEN CANDIDATE" and "TOKEN STATUS". Its time begins with the first one.
 
     Args:
-        examiner: Id of the child's process.
-        reader: Descriptor from which its lines are read.
+        examiner: Id of the child's process; the id of its candidate is in the first line.
+        reader: Descriptor from which the child's lines are read.
         token: What each line begins with.
-        directory: Its directory, which is watched.
+        directory: The working directory of the child. It is watched, so that the code does not fill the disk.
         seconds: Limit of the time that both processes run.
     """
     verdict = b""
@@ -204,13 +205,14 @@ def _wait(examiner: int, reader: int, token: bytes, directory: str, seconds: flo
     start = time.monotonic()
     start_times = (0.0, 0.0)
     while (elapsed := time.monotonic() - start) < PATIENCE_SECONDS + seconds:
-        if _has_much(directory):
+        if _exceeds_disk_limits(directory):
             return "refused"
         if candidate:
-            times = _times(examiner, candidate, elapsed)
+            times = _seconds_of_both(examiner, candidate, elapsed)
             ran = times[0] - start_times[0]
             waited = times[1] - start_times[1]
-            # While they exchange messages, one runs while the other one waits.
+            # Of two processes that exchange messages, one runs while the other one waits for it. So they are limited by
+            # the sum of their times, and by the wall-clock time without waits for a core, which also counts sleeping.
             if max(ran, elapsed - waited) > seconds:
                 return "timeout"
         if not ready.poll(50):
@@ -228,11 +230,11 @@ def _wait(examiner: int, reader: int, token: bytes, directory: str, seconds: flo
         if lines and candidate is None:
             candidate = int(lines[0][2])
             start = time.monotonic()
-            start_times = _times(examiner, candidate, 0.0)
+            start_times = _seconds_of_both(examiner, candidate, 0.0)
     return "busy"
 
 
-def _has_much(directory: str) -> bool:
+def _exceeds_disk_limits(directory: str) -> bool:
     """Return whether a directory has more than 64 files, or more than 8 MiB."""
     sizes: list[int] = []
     # The code may be deleting files, or have locked its directory.
@@ -241,15 +243,21 @@ def _has_much(directory: str) -> bool:
     return len(sizes) > 64 or sum(sizes) > 8 << 20
 
 
-def _times(examiner: int, candidate: int, elapsed: float) -> tuple[float, float]:
-    """Return how many seconds both processes ran, and waited for a core, since they started.
+def _seconds_of_both(examiner: int, candidate: int, elapsed: float) -> tuple[float, float]:
+    """Return how many seconds both processes together have run, and have waited for a core, since they started.
 
-    On systems other than Linux, the waiting is estimated for the `elapsed` seconds, and the first number is 0.
+    On systems other than Linux, the first number is 0, and the second one is estimated from the load.
+
+    Args:
+        examiner: Id of a process.
+        candidate: Id of the other process.
+        elapsed: Seconds since the code began, for the estimate.
     """
-    # The file does not exist except on Linux, nor for processes that have just ended.
+    # The file only exists on Linux, and not for processes that have just ended.
     with contextlib.suppress(OSError, ValueError):
         # Nanoseconds of running, nanoseconds of waiting, and the number of time slices, by process.
-        statistics = [Path(f"/proc/{pid}/schedstat").read_text().split() for pid in (examiner, candidate)]
+        files = [Path(f"/proc/{pid}/schedstat") for pid in (examiner, candidate)]
+        statistics = [file.read_text("utf-8").split() for file in files]
         if all(int(slices) for _, _, slices in statistics):
             ran = sum(int(running) / 1e9 for running, _, _ in statistics)
             waited = sum(int(waiting) / 1e9 for _, waiting, _ in statistics)

@@ -41,7 +41,9 @@ class PocketArguments:
     """Sizes of the data set to generate; each field's meaning is in its help."""
 
     output_dir: str = field(metadata={"help": "Folder of the data set repository; replaced if it exists."})
-    world: Literal["things", "tools"] = option("things", "Things and what they are, or a calculator's sums and a game.")
+    world: Literal["things", "tools", "english"] = option(
+        "things", "Things and what they are, a calculator's sums and a game, or real English from packages."
+    )
     seed: int = option(0, "The same seed gives the same bytes.")
     size_mb: float = option(8.0, "Pretraining text in MB, an eighth of which is dropped: it overlaps held-out text.")
     sft_rows: int = option(24_000, "Conversations of the sft training split.")
