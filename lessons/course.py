@@ -17,6 +17,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+# First of all, because it sets variables that torch and transformers read when they are imported.
+import pipeline  # noqa: F401
+
 ROOT = Path(__file__).resolve().parent.parent
 RUN_VARIABLE = "FOURSTAGE_LESSON_RUN"
 """Environment variable with the folder of the run to look at. Default: `runs/pocket`, in the folder of the project."""

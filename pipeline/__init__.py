@@ -17,8 +17,10 @@ if "OMP_WAIT_POLICY" not in os.environ:
 # that end, and so meets new shapes all the time: PPO with 1M parameters took 1.4 GB with the default, 1024; now 0.9 GB.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "128")
-# From 5.25 on, transformers would look for kernels on the Hub for every model that is loaded, and run them.
-os.environ.setdefault("USE_HUB_KERNELS", "NO")
+# From 5.25 on, transformers would look for kernels on the Hub for every model that is loaded, and run them. If it was
+# imported first, a model may have them already, whose `train()` would raise an error once they are switched off.
+if "transformers" not in sys.modules:
+    os.environ.setdefault("USE_HUB_KERNELS", "NO")
 
 
 def search_here_last() -> None:

@@ -1,12 +1,14 @@
 """Every module can be imported where the parts of POSIX that Windows lacks are missing."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.helpers import fresh
+from tests.helpers.small_model import save_model
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(
@@ -98,6 +100,23 @@ DEFAULTS = {
 }
 
 
+LOADED_BEFORE = """
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("model")
+from pipeline.rl.ppo import PPOTrainer
+
+model.train()
+model.eval()
+"""
+
+
+def test_a_model_that_was_loaded_before_our_import_can_be_trained(tmp_path: Path) -> None:
+    """transformers gives it kernels of the Hub, unless they are switched off, and asks for them in `train()`."""
+    save_model(tmp_path / "model")
+    fresh.run_python(LOADED_BEFORE, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("module", "users_choice", "expected"),
     [
@@ -115,7 +134,8 @@ def test_an_import_sets_variables_of_the_libraries_that_the_user_has_not_set(
     module: str, users_choice: dict[str, str], expected: dict[str, str | None]
 ) -> None:
     """They are set before torch is imported, which reads them."""
-    variables = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", *DEFAULTS)}
+    assert set(DEFAULTS) == set(fresh.OURS)
+    variables = {name: value for name, value in fresh.environment().items() if name != "OMP_WAIT_POLICY"}
     code = f"import {module}, json, os, sys; print(json.dumps(['torch' in sys.modules, dict(os.environ)]))"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, env=variables | users_choice, capture_output=True, text=True, check=True)

@@ -1,10 +1,9 @@
 """README and the other pages: their Python runs, their commands are accepted, and the files that they name exist."""
 
 import ast
-import os
+import json
 import re
 import shlex
-import subprocess
 import sys
 from configparser import ConfigParser
 from importlib import import_module
@@ -31,6 +30,7 @@ from pipeline.tools.environments import ENVIRONMENTS
 from pipeline.tools.functions import TOOLS
 from pipeline.tools.loading import ToolArguments
 from recipes import grpo
+from tests.helpers import fresh
 from tests.helpers.forked import run_forked
 from tests.helpers.small_model import ROOT, conversation, save_model, save_tokenizer
 from tests.test_layers import LAYERS
@@ -193,6 +193,16 @@ def test_rewards_and_judges_are_as_the_pages_write_them(tmp_path: Path, monkeypa
     assert judge.match(["2", "2", "It is 2."], ["It is 2.", "2", "2"], [row] * 3) == [1.0, 0.5, 0.0]
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/data.md", "docs/ppo.md"])
+def test_the_other_python_of_a_page_runs(page: str, tmp_path: Path) -> None:
+    """Each block by itself. That of docs/ppo.md which trains is in the next test."""
+    turns = [{"speaker": "customer", "utterance": "Why?"}, {"speaker": "agent", "utterance": "Because."}]
+    (tmp_path / "chats.json").write_text(json.dumps([{"turns": turns}]))
+    for block in blocks(ROOT / page, "python"):
+        if "trainer.train()" not in block:
+            fresh.run_python(block, tmp_path)
+
+
 def test_the_tables_of_rewards_and_of_tools_list_all() -> None:
     named = re.findall(r"^\| `(\w+)` \| ", (ROOT / "docs/data.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert {name for name in named if not name[0].isdigit()} == {*REWARDS, *TOOLS, *ENVIRONMENTS}
@@ -216,8 +226,5 @@ def test_the_python_of_the_page_about_ppo_runs_on_a_cpu_without_bf16(tmp_path: P
     Dataset.from_dict({"prompt": prompts}).to_parquet(preferences / "train.parquet")
     python, _ = blocks(ROOT / "docs/ppo.md", "python")
     machine = "import torch\ntorch.cpu.get_capabilities = dict\n"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", machine + python]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    fresh.run_python(machine + python, tmp_path)
     assert list((tmp_path / "my-ppo").glob("checkpoint-*/model.safetensors"))

@@ -1,7 +1,6 @@
 """Cards: what the Hub reads of them, and what a reader does."""
 
 import json
-import runpy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import pytest
 from huggingface_hub import DatasetCard, ModelCard, SpaceCard
 
 from pipeline.hub.repositories import Outputs
+from tests.helpers import fresh
 from tests.helpers.small_run import MODELS, STARTS_FROM, write_small_run
 
 TASKS = {"text-generation", "text-classification"}
@@ -119,8 +119,7 @@ def test_the_code_on_the_cards_runs(run: Path, texts: dict[str, dict[str, str]],
     for stage in ("1_pretrain", "2_sft", "3_reward"):
         code = texts["model"][stage].split("```python\n")[1].split("```")[0]
         code = code.replace(f"alice/mini-{stage}", str(run / stage)).replace("max_new_tokens=256", "max_new_tokens=3")
-        (tmp_path / f"{stage}.py").write_text(code)
-        runpy.run_path(str(tmp_path / f"{stage}.py"))
+        fresh.run_python(code, tmp_path)
 
 
 def test_the_data_card_names_what_was_pushed_and_keeps_its_text(texts: dict[str, dict[str, str]]) -> None:

@@ -10,6 +10,7 @@ from nbclient.exceptions import CellExecutionError
 from lessons import execute
 from lessons.course import RUN_VARIABLE, SMOKE_VARIABLE
 from lessons.execute import FOLDER, code_digest, exercise_of, read_notebook, read_sections
+from tests.helpers import fresh
 
 WRONG = Path(__file__).parent / "wrong_solutions"
 NAMES = execute.notebook_names()
@@ -25,6 +26,9 @@ def miniature(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(RUN_VARIABLE, str(run))
         patch.setenv(SMOKE_VARIABLE, "1")
+        # A kernel that Jupyter starts has not inherited what our import sets.
+        for variable in fresh.OURS:
+            patch.delenv(variable, raising=False)
         yield run
 
 
