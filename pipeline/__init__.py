@@ -7,6 +7,9 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
+ROOT = str(Path(__file__).parents[1])
+"""The folder that contains this package."""
+
 if "OMP_WAIT_POLICY" not in os.environ:
     # How often an OpenMP thread polls before it sleeps; read when torch is imported. With the default, training
     # steps took 21 times as long on a busy machine as on an idle one; with this number 8 times, and 1 to 2% more on an
@@ -23,21 +26,26 @@ if "transformers" not in sys.modules:
     os.environ.setdefault("USE_HUB_KERNELS", "NO")
 
 
-def search_here_last() -> None:
-    """Search the working folder for modules last; functions of the user are still found there.
+def leave_out_working_directory() -> None:
+    """Take the working directory out of the search path for modules, in which `python -m` puts it first.
 
-    `python -m` looks there first. A `pipeline.py` of the user, a folder `recipes/`, or a file named like a library
-    (`datasets.py`) would then be imported instead.
+    A `pipeline.py` of the user, a folder `recipes/`, or a file named like a library (`datasets.py`) would be imported
+    instead. In a downloaded folder, so would a file named like a module that libraries try to import, such as
+    `numexpr`. `pipeline.config.named_code` finds the functions that the user names there.
     """
-    root = str(Path(__file__).parents[1])
-    # The working folder may have been deleted.
+    # The working directory may have been deleted.
     with suppress(FileNotFoundError):
-        working_folder = os.getcwd()
-        libraries = [folder for folder in sys.path if folder == root or folder not in ("", working_folder)]
-        # An editable install is not in `sys.path`, and would be found after the working folder.
-        sys.path[:] = dict.fromkeys([*libraries, root, working_folder])
+        working_directory = os.getcwd()
+        libraries = [folder for folder in sys.path if folder == ROOT or folder not in ("", working_directory)]
+        # An editable install is not in `sys.path`.
+        sys.path[:] = dict.fromkeys([*libraries, ROOT])
 
 
 def safe_path() -> dict[str, str]:
-    """Return the variable that keeps a new Python from searching the working folder first; {} in a clone."""
-    return {} if os.path.exists("pipeline/runner/launcher.py") else {"PYTHONSAFEPATH": "1"}
+    """Return the variable that keeps a new Python from searching the working directory, {} where that is the project.
+
+    There, it may be the only way to find this package.
+    """
+    if os.path.realpath(os.curdir) == os.path.realpath(ROOT):
+        return {}
+    return {"PYTHONSAFEPATH": "1"}

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NoReturn
 
-from pipeline import search_here_last
+from pipeline import leave_out_working_directory
 from pipeline.errors import EXIT_USER_ERROR, Problem, UserError, as_typed, exit_on_user_error
 
 COMMANDS = {
@@ -102,7 +102,7 @@ def _has_closed_output() -> bool:
 
 def command() -> int:
     """Run the console script `fourstage`."""
-    search_here_last()
+    leave_out_working_directory()
     return main()
 
 

@@ -67,10 +67,13 @@ def test_names_that_are_not_utf8_are_printed(capsys: pytest.CaptureFixture[str],
 
 
 def test_modules_of_the_working_folder_do_not_shadow_ours(tmp_path: Path) -> None:
-    """A `pipeline.py` or `json.py` of the user is not imported instead of the library; other modules are found."""
+    """A `pipeline.py` or `json.py` of the user is not imported instead of the library, nor is what a library tries."""
     for name in ("pipeline.py", "recipes.py", "json.py"):
         (tmp_path / name).write_text("raise SystemExit(f'{__file__} was run')")
-    (tmp_path / "my_rewards.py").write_text("")
+    # pandas tries to import it.
+    (tmp_path / "numexpr.py").write_text("raise SystemExit(f'{__file__} was run')")
+    (tmp_path / "my_rewards.py").write_text("import my_words\n\ndef short(completions, **columns): ...\n")
+    (tmp_path / "my_words.py").write_text("")
     settings = ConfigParser()
     settings.read(ROOT / "setup.cfg")
     ((name, _, entry),) = [settings["options.entry_points"]["console_scripts"].strip().partition(" = ")]
@@ -81,8 +84,9 @@ def test_modules_of_the_working_folder_do_not_shadow_ours(tmp_path: Path) -> Non
     script.parent.mkdir()
     script.write_text(
         f"import sys\nfrom {module} import {function}\n"
-        f"try:\n    sys.exit({function}())\nfinally:\n    import json, recipes, my_rewards; print(recipes.__file__)\n"
+        f"try:\n    sys.exit({function}())\nfinally:\n    import json, pandas, recipes; print(recipes.__file__)\n"
         "    from pipeline.rewards.loading import load_reward\n"
+        "    load_reward('my_rewards:short', '')\n"
         "    print(load_reward('hidden_taste', '').__code__.co_filename)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

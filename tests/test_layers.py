@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"errors", "hardware", "progress", "stages"},
     {"files", "launch"},
-    {"config", "data", "models", "rewards"},
+    {"config"},
+    {"data", "models", "rewards"},
     {"hub", "tools"},
     {"preferences"},
     {"training", "evaluation"},

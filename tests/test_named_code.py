@@ -15,12 +15,15 @@ from starlette.testclient import TestClient
 from pipeline.__main__ import main
 from pipeline.app.models import Models
 from pipeline.app.prompts import evaluation_settings, held_out_prompts, loadable_tools
+from pipeline.config.named_code import only_trusted
 from pipeline.data.sources import open_source
 from pipeline.errors import UserError
 from pipeline.models.tokenizer import train_tokenizer
-from pipeline.rewards.loading import load_reward, only_trusted
+from pipeline.rewards.loading import load_reward
+from tests.helpers import fresh
 from tests.helpers.refusals import refused
 from tests.helpers.small_model import TEXT, save_model, save_tokenizer
+from tests.helpers.small_run import write_small_run
 
 CODE = '''
 from pathlib import Path
@@ -102,6 +105,42 @@ def test_a_chat_calls_no_tool_that_only_the_folder_names(
     trusted = ["--trust", "stranger:act", "--trust", "stranger:Game"]
     assert main(["chat", str(downloaded / "4_grpo"), "--max_new_tokens", "4", *trusted]) == 0
     assert marker.exists(), "the test's module can be imported"
+
+
+STANDING_IN_THE_FOLDER = """
+import io, sys
+from pipeline.__main__ import command, main
+
+sys.argv = ["fourstage", "chat", "4_grpo", "--max_new_tokens", "4"]
+sys.stdin = io.StringIO("hello")
+assert command() == 0
+for argv in (
+    ["status", "."],
+    ["report", "."],
+    ["evaluate", ".", "--stage", "2_sft", "--limit", "2"],
+    ["merge", "4_grpo", "--output_dir", "../merged"],
+    ["push", ".", "--dry-run", "--namespace", "alice"],
+):
+    try:
+        print(argv[0], main(argv))
+    except SystemExit as stop:
+        print(argv[0], stop.code)
+"""
+
+
+def test_no_module_of_the_folder_that_one_stands_in_is_imported(tmp_path: Path) -> None:
+    """Libraries try to import modules that need not exist, and Python's own may not have been imported yet."""
+    run = write_small_run(tmp_path / "run")
+    tried = ["bottleneck", "brotli", "cupy", "gmpy2", "numba", "numexpr", "orjson", "simplejson", "winreg", "wandb"]
+    for name in (*sys.stdlib_module_names, *tried):
+        (run / f"{name}.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'a').write({name!r})\n")
+    script = tmp_path / "script.py"
+    script.write_text(STANDING_IN_THE_FOLDER)
+    printed = fresh.run_python(f"import runpy; runpy.run_path({str(script)!r})", run, "-P")
+    assert not (tmp_path / "imported").exists(), (tmp_path / "imported").read_text()
+    # The others end with a message, because the run is made up.
+    for name in ("report", "merge", "push"):
+        assert f"{name} 0\n" in printed
 
 
 def test_a_downloaded_tool_of_an_installed_package_is_not_called(downloaded: Path) -> None:

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Answer the input, typed or piped, line by line until it ends. Return 0."""
     refuse(*check_limits(args, LIMITS))
-    from pipeline.rewards.loading import only_trusted
+    from pipeline.config.named_code import only_trusted
 
     # The files next to a model, such as `arguments.json`, may come with a download.
     with only_trusted(args.trust):

@@ -83,8 +83,8 @@ def main(args: argparse.Namespace) -> int:
     from pipeline.app.models import Models
     from pipeline.app.server import serve
     from pipeline.app.site import Site
+    from pipeline.config.named_code import only_trusted
     from pipeline.launch import quiet_libraries
-    from pipeline.rewards.loading import only_trusted
 
     quiet_libraries()
     with only_trusted(args.trust):

@@ -15,6 +15,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from pipeline.app.models import Loaded
+from pipeline.config.named_code import check_trust
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluate_yaml import Settings, find_settings, read_record, relocated
 from pipeline.evaluation.held_out import EXAMPLES
@@ -22,7 +23,6 @@ from pipeline.evaluation.parts import Reader
 from pipeline.files import as_list
 from pipeline.models.generation import Messages
 from pipeline.report.text import visible
-from pipeline.rewards.loading import check_trust
 from pipeline.stages import HELD_OUT
 from pipeline.tools.dialogue import Dialogue
 from pipeline.tools.loading import load_environment, load_toolbox, load_tools

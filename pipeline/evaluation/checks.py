@@ -88,8 +88,8 @@ def _check_numbers(content: Values) -> list[Problem]:
 def _check_tasks(tasks: Sequence[object]) -> list[Problem]:
     """Return tasks that lm-eval does not have, and task files that the user has not allowed to be loaded."""
     # Imported here, because the harness imports torch, and an installed lm-eval takes seconds to list its tasks.
+    from pipeline.config.named_code import check_trust
     from pipeline.evaluation.harness import check_tasks
-    from pipeline.rewards.loading import check_trust
 
     problems: list[Problem] = []
     trusted: list[str] = []

@@ -62,10 +62,10 @@ def main(args: argparse.Namespace) -> int:
     """Evaluate the stage, write both files and print the metrics. Return the exit code."""
     if not Path(args.run).is_dir():
         raise UserError(Problem("RUN", args.run, f"no such directory; make it with `{as_typed('run', 'RECIPE')}`"))
+    from pipeline.config.named_code import only_trusted
     from pipeline.config.yaml_file import read_yaml
     from pipeline.evaluation.results import format_table
     from pipeline.launch import quiet_libraries
-    from pipeline.rewards.loading import only_trusted
     from pipeline.rewards.sandbox import run as sandbox
 
     quiet_libraries()

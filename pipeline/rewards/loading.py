@@ -1,66 +1,22 @@
-"""Load rewards by name: from `pipeline.rewards.functions`, or functions that the user wrote.
+"""Load rewards by name: from `pipeline.rewards.functions`, or functions that the user wrote."""
 
-To load `package.module:function` is to run code. A name in a recipe, or on the command line, was chosen by the person
-who started the command. A name in a file of a run may have come with a download: `arguments.json` and `run.json` of a
-folder are written by whoever made it. Commands that read names from such files do so within `only_trusted`.
-"""
-
-import contextlib
 import copy
-import difflib
 import functools
-import importlib
 import inspect
-import shlex
 import sys
-import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.util import find_spec
-from pathlib import Path
-from pkgutil import resolve_name
-from textwrap import shorten
 from typing import Any, SupportsFloat
 
 from trl.trainer.utils import get_callable_name, is_async_callable
 
-from pipeline.errors import Problem, RunStopped, UserError, collect, refuse
+from pipeline.config.named_code import find_named, user_code
+from pipeline.errors import Problem, UserError, collect, refuse
 from pipeline.rewards.sandbox.run import validate_sandbox
 from pipeline.rewards.table import REWARDS
 
-MOVED = {"pipeline.rewards.functions:hidden_taste": "recipes.worlds.pocket.annotators:hidden_taste"}
-"""Built-in functions that have moved: the former path, which YAML files and runs may still name -> the present one."""
 TRAINER_OBJECTS = ("trainer_state", "environments", "log_extra", "log_metric")
 """Arguments that trainers pass to rewards in addition to data."""
-
-_trusted: frozenset[str] | None = None
-"""The user's functions that files of a run may name; None while all names come from the user."""
-
-
-@contextlib.contextmanager
-def only_trusted(names: Collection[str]) -> Iterator[None]:
-    """Within this context, load no function, class or task file that a user wrote, except for `names`.
-
-    The names in our own tables, such as `REWARDS` and `TOOLS`, are always loaded. All threads are affected.
-    """
-    global _trusted
-    previous = _trusted
-    _trusted = frozenset(names)
-    try:
-        yield
-    finally:
-        _trusted = previous
-
-
-def check_trust(name: str, field: str) -> None:
-    """Raise a `UserError` within `only_trusted` if `name` is not among its names.
-
-    Args:
-        name: A function `package.module:function`, or the path of a file, that a file of a run names.
-        field: The field that has the name, for the message.
-    """
-    if _trusted is not None and name not in _trusted:
-        remedy = "is named by a file of this folder, not by you; to use it, add"
-        raise UserError(Problem(field, name, f"{remedy} --trust {shlex.quote(name)}"))
 
 
 def load_rewards(names: Sequence[str], field: str = "reward_funcs") -> list[Callable[..., Any]]:
@@ -117,43 +73,6 @@ def _accepts_every_column(function: Callable[..., Any]) -> bool:
     except (ValueError, TypeError):
         return False
     return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-
-
-def find_named(name: str, field: str, table: Mapping[str, str]) -> Callable[..., Any]:
-    """Import the function or class that a name refers to.
-
-    Args:
-        name: A key of `table`, or `package.module:name`.
-        field: The field that has the name, for error messages.
-        table: Our own functions or classes: short name -> `package.module:name`. They are always trusted.
-
-    Raises:
-        UserError: If nothing has this name, its module cannot be imported, or `check_trust` rejects it.
-    """
-    if name in table:
-        return resolve_name(table[name])
-    if ":" not in name:
-        nearest = difflib.get_close_matches(name, table, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else "is not known."
-        remedy = f"{hint} Known: {', '.join(table)}; or write package.module:name"
-        raise UserError(Problem(field, name, remedy))
-
-    check_trust(name, field)
-    module_name, _, key = MOVED.get(name, name).rpartition(":")
-    try:
-        module = importlib.import_module(module_name)
-    # A user's module may raise anything.
-    except (Exception, SystemExit) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(Problem(field, name, f"cannot import {module_name} ({reason})")) from error
-    members = {member: value for member, value in vars(module).items() if callable(value)}
-    if key in members:
-        return members[key]
-    remedy = f"{module_name} does not have a function {key}"
-    nearest = difflib.get_close_matches(key, members, n=1)
-    if nearest:
-        remedy = f"{remedy}; did you mean {module_name}:{nearest[0]}?"
-    raise UserError(Problem(field, name, remedy))
 
 
 def built_in_name(function: object) -> str | None:
@@ -228,33 +147,6 @@ def guard_reward(function: Callable[..., Any], name: str, field: str = "reward_f
     guard.__name__ = get_callable_name(function)
     guard.is_guarded = True
     return guard
-
-
-@contextlib.contextmanager
-def user_code(name: str, field: str) -> Iterator[None]:
-    """Turn an error in a user's function, class or method into a `UserError` that names the function and the line.
-
-    Args:
-        name: The name of the function or class, as the user wrote it.
-        field: The field that has the name.
-    """
-    try:
-        yield
-    except (UserError, RunStopped):
-        raise
-    except (Exception, SystemExit) as error:
-        package = Path(__file__).parents[1]
-        frames = traceback.extract_tb(error.__traceback__)
-        frames_outside = [frame for frame in frames if package not in Path(frame.filename).parents]
-        place = ""
-        if frames_outside:
-            # The first frame outside of this package is in the user's file. Name the last line in that file, rather
-            # than a line of a library that it called.
-            file = frames_outside[0].filename
-            lines = [frame.lineno for frame in frames_outside if frame.filename == file]
-            place = f" ({file}:{lines[-1]})"
-        raised = f"raised {type(error).__name__}: {shorten(str(error), 200)}{place}"
-        raise UserError(Problem(field, name, f"{raised}; correct it")) from error
 
 
 def _fault_of_rewards(rewards: Any, count: int) -> str | None:

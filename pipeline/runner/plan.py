@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.named_code import code_files
 from pipeline.config.recipe_folder import find_shipped
 from pipeline.config.yaml_file import read_yaml
 from pipeline.data.votes import VOTES_FILE
@@ -29,7 +30,7 @@ from pipeline.evaluation.evaluate_yaml import BASE, VOTES, RunFacts, complete, n
 from pipeline.evaluation.evaluate_yaml import FILE as EVALUATE
 from pipeline.files import as_list, check_directory, relocate, split_revision
 from pipeline.runner.records import TRASH
-from pipeline.runner.steps import REPORT, Step, find_code_file, names_file, smoke_overrides
+from pipeline.runner.steps import REPORT, Step, names_file, smoke_overrides
 from pipeline.stages import HELD_OUT, OPPONENT, STAGES
 from pipeline.stages.kinds import StageKind
 
@@ -372,7 +373,7 @@ def _find_inputs(steps: Sequence[Step], home: Path, run_dir: Path) -> list[Step]
     Each text in a step's settings may name one of three things:
 
         runs/pocket/1_pretrain        inside `home`: the step that writes this directory is needed
-        my_package.rewards:length     a function of the user: the file in which it is defined is read
+        my_package.rewards:length     a function of the user: its file and what that imports are read
         data/questions.jsonl          any other path: the file is read
 
     Raises:
@@ -386,9 +387,9 @@ def _find_inputs(steps: Sequence[Step], home: Path, run_dir: Path) -> list[Step]
         files: list[Path] = []
         for key, text in _texts_read_by(step):
             path = Path(text)
-            code = find_code_file(text)
-            if code is not None:
-                files.append(code)
+            code = code_files(text)
+            if code:
+                files += code
                 continue
             if not path.is_relative_to(home):
                 if names_file(key, text):
@@ -521,7 +522,8 @@ def _evaluation_step(
         # Only reward models are measured on people's votes, which may be added at any time.
         paths = {path for path in paths if path.name != VOTES}
     files = {path for path in paths if not path.is_relative_to(home) and names_file("dataset_name", str(path))}
-    files |= set(filter(None, map(find_code_file, named_code(settings))))
+    for name in named_code(settings):
+        files.update(code_files(name))
     votes = run_dir / VOTES / VOTES_FILE
     # The page makes an empty file as soon as it is opened.
     has_votes = votes.is_file() and votes.stat().st_size > 0

@@ -6,7 +6,6 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -134,41 +133,6 @@ def find_step(steps: Sequence[Step], name: str, field: str) -> Step:
     if matches:
         remedy = f"choose one of {', '.join(step.name for step in matches)}"
     raise UserError(Problem(field, name, remedy))
-
-
-def find_code_file(text: str) -> Path | None:
-    """Return the file that defines a user's function `package.module:function`, or None for any other text.
-
-    A step that calls the function runs again when the file changes. So there is none for functions of this project and
-    of installed libraries. Nothing is imported.
-    """
-    match = re.fullmatch(r"([A-Za-z_]\w*(?:\.\w+)*):\w+", text)
-    if match is None:
-        return None
-    first, *rest = match[1].split(".")
-    if first in (*sys.stdlib_module_names, "__main__", "pipeline", "recipes"):
-        return None
-    # Looking for `package.module` would import the package.
-    spec = find_spec(first)
-    if spec is None:
-        return None
-    candidates: list[Path] = []
-    if spec.submodule_search_locations:
-        # A package, in one folder or, if it has no `__init__.py`, perhaps in several.
-        folders = [Path(folder) for folder in spec.submodule_search_locations]
-        if rest:
-            candidates += [folder.joinpath(*rest).with_suffix(".py") for folder in folders]
-        candidates += [folder.joinpath(*rest, "__init__.py") for folder in folders]
-    elif not rest and spec.origin:
-        candidates.append(Path(spec.origin))
-    file = next(filter(Path.is_file, candidates), None)
-    if file is None or "site-packages" in file.parts:
-        return None
-    file = file.absolute()
-    # As a user writes it, so that a project can be moved with its runs.
-    if file.is_relative_to(Path.cwd()):
-        return file.relative_to(Path.cwd())
-    return file
 
 
 def names_file(key: str, text: str) -> bool:

@@ -9,10 +9,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import get_json_schema
 from trl import chat_template_utils
 
+from pipeline.config.named_code import find_named, user_code
 from pipeline.data.arguments import option
 from pipeline.errors import Problem, UserError, collect, refuse
 from pipeline.models.patches import refuse_deep_json
-from pipeline.rewards.loading import find_named, user_code
 from pipeline.rewards.sandbox import run as sandbox
 from pipeline.tools.environments import ENVIRONMENTS
 from pipeline.tools.functions import TOOLS, python

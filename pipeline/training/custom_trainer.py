@@ -8,6 +8,7 @@ Only the commands that train import it: those that read a finished run, such as 
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.config.named_code import find_named
 from pipeline.data.arguments import option
 from pipeline.errors import Problem, UserError
 
@@ -33,9 +34,6 @@ def load_trainer(name: str | None, stage_trainer: Any) -> Any:
         return stage_trainer
     if ":" not in name:
         raise UserError(Problem("trainer", name, "write it as package.module:Class"))
-    # This import takes seconds, and only a trainer of a user needs it.
-    from pipeline.rewards.loading import find_named
-
     trainer = find_named(name, "trainer", {})
     if _trainer_of_this_package(trainer) is not stage_trainer:
         parent = f"{stage_trainer.__module__}.{stage_trainer.__name__}"

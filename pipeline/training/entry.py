@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import search_here_last
+from pipeline import leave_out_working_directory
 from pipeline.config.command_line import FLAGS, describe_options
 from pipeline.config.fields import argument_types
 from pipeline.config.recipe_folder import missing_input
@@ -26,7 +26,7 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
         argv: The command line without the program's name. Default: `sys.argv`. `--help` prints the options.
     """
     if argv is None:
-        search_here_last()
+        leave_out_working_directory()
     words = sys.argv[1:] if argv is None else argv
     help_flags = set(FLAGS).intersection(words)
     if help_flags:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl import ModelConfig, RewardConfig, unpair_preference_dataset
 from trl.chat_template_utils import supports_tool_calling
 
+from pipeline.config.named_code import user_code
 from pipeline.data.arguments import DataArguments
 from pipeline.data.columns import TOKENS, Kind, Split, column_names
 from pipeline.data.packing import Encoder
@@ -38,7 +39,6 @@ from pipeline.models.checks import TEMPLATE_ARGUMENTS, check_lengths, check_mode
 from pipeline.models.scratch import ScratchArguments, build_empty
 from pipeline.models.tokenizer import special_tokens, validate_tokenizer
 from pipeline.progress import report_progress
-from pipeline.rewards.loading import user_code
 from pipeline.stages import STAGES
 from pipeline.tools.loading import ToolArguments, load_toolbox
 from pipeline.training import checks

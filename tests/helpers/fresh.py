@@ -16,9 +16,9 @@ def environment() -> dict[str, str]:
     return variables | {"PYTHONPATH": str(ROOT)}
 
 
-def run_python(code: str, folder: Path) -> str:
-    """Run Python code in a folder, and return what it printed. Fail with the traceback if it fails."""
-    command = [sys.executable, "-c", code]
+def run_python(code: str, folder: Path, *flags: str) -> str:
+    """Run Python code in a folder, with flags of Python, and return what it printed. Fail with its traceback."""
+    command = [sys.executable, *flags, "-c", code]
     done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
