@@ -12,6 +12,9 @@ from typing import Any
 
 import psutil
 
+TRAINING = ("torch", "transformers", "trl")
+"""The packages that decide what a step computes."""
+
 
 def describe_machine() -> dict[str, Any]:
     """Return what a step's entry in `run.json` says about the machine.
@@ -32,13 +35,20 @@ def describe_machine() -> dict[str, Any]:
     facts["memory_gib"] = round(psutil.virtual_memory().total / 2**30, 1)
 
     versions = {"python": platform.python_version()}
-    for package in ("fourstage", "torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "peft"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
+    versions |= package_versions("fourstage", *TRAINING, "accelerate", "datasets", "tokenizers", "peft")
     # If the package is installed inside another project's checkout, the commit would be that project's.
     is_tracked = _git("ls-files", "--error-unmatch", Path(__file__).name) is not None
     commit = _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") if is_tracked else None
     return {"hardware": facts, "versions": versions, "commit": commit}
+
+
+def package_versions(*names: str) -> dict[str, str]:
+    """Return the versions of those packages that are installed."""
+    versions = {}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def _processor() -> str:

@@ -15,7 +15,7 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
@@ -367,7 +367,16 @@ def _set_machine(run: Run) -> None:
         if any(machines[name][key] != machines[last][key] for name in differing_steps):
             differing_keys.append(key)
     note = f"{', '.join(differing_steps)} ran with different {' and '.join(differing_keys)} from {last}"
+    earlier = sorted({_other_versions(machines[name]["versions"], run.versions) for name in differing_steps} - {""})
+    if earlier:
+        note += f" ({'; '.join(earlier)})"
     run.notes.append(f"{run.path / 'run.json'}: {note}; the report shows those of {last}")
+
+
+def _other_versions(versions: Mapping[str, Any] | None, shown: Mapping[str, Any]) -> str:
+    """Return the versions of a step that are not those shown, such as "torch 2.12, trl 1.15"."""
+    differing = [f"{name} {version}" for name, version in (versions or {}).items() if shown.get(name) != version]
+    return ", ".join(differing)
 
 
 def _stage_names(path: Path) -> set[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.config.fields import REMOVED, convert, field_types
+from pipeline.config.machine import TRAINING, package_versions
 from pipeline.config.weight_fields import can_continue, has_effect, newest_state, number_of
 from pipeline.errors import Problem, UserError, refuse
 from pipeline.evaluation.evaluate_yaml import DEFAULTS
@@ -234,9 +235,29 @@ def _decide_one(
         if total > number_of(step.values, "max_steps") > 0:
             reason = f"was continued to {total} steps outside of this run; raise max_steps to keep that"
             return Decision("start", reason)
+    reason = "finished"
     if harmless:
-        return Decision("skip", f"finished; without effect on it: {changes}")
-    return Decision("skip", "finished")
+        reason += f"; without effect on it: {changes}"
+    if step.stage.launched or step.kind == "evaluate":
+        reason += _other_versions(entry.get("versions") or {})
+    return Decision("skip", reason)
+
+
+def _other_versions(recorded: Mapping[str, Any]) -> str:
+    """Return which libraries have another version now than when a step ran, or "" if none has.
+
+    Example:
+        "; made with transformers 5.24.0 (now 5.25.0)"
+    """
+    differences: list[str] = []
+    for name, version in package_versions(*TRAINING).items():
+        earlier = str(recorded.get(name, version))
+        # Builds of the same release, such as 2.13.0+cpu, are not told apart.
+        if earlier.partition("+")[0] != version.partition("+")[0]:
+            differences.append(f"{name} {earlier} (now {version})")
+    if not differences:
+        return ""
+    return f"; made with {', '.join(differences)}"
 
 
 def changed_files(step: Step, recorded: Mapping[str, str] | None) -> list[str]:

@@ -349,7 +349,7 @@ def test_the_machine_is_that_of_the_last_training_step(
     summary = read_json(run / "report" / "metrics.json")
     assert (summary["hardware"], summary["versions"], summary["commit"]) == ({"cores": 8}, {"torch": "2.13"}, "abc")
     (note,) = summary["notes"]
-    assert "1_pretrain, evaluate_2_sft ran with different hardware and versions from 2_sft" in note
+    assert "1_pretrain, evaluate_2_sft ran with different hardware and versions from 2_sft (torch 2.12)" in note
     assert capsys.readouterr().err.splitlines() == [note]
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 from pipeline import hardware
+from pipeline.__main__ import main
 from pipeline.config.weight_fields import has_effect
 from pipeline.runner import records
 from pipeline.runner.due import Decision, decide
@@ -104,6 +106,46 @@ def test_a_field_that_was_removed_makes_no_step_due(recipe: Path) -> None:
     record = json.loads(path.read_text())
     record["steps"]["3_ppo"]["values"]["kl_estimator"] = "k1"
     path.write_text(json.dumps(record))
+    assert due(recipe) == {}
+
+
+@pytest.mark.usefixtures("own_run")
+def test_a_finished_step_says_that_other_versions_made_it(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path("runs/pocket/run.json")
+    record = json.loads(path.read_text())
+    for name, version in (("2_sft", "5.0.1"), ("evaluate_2_sft", "5.0.2")):
+        record["steps"][name]["versions"] = {"transformers": version}
+    # A build for another device is the same version.
+    record["recipe"] = str(recipe)
+    record["steps"]["3_ppo"]["versions"] = {"torch": f"{metadata.version('torch').partition('+')[0]}+cu130"}
+    path.write_text(json.dumps(record))
+    plan = read_plan(recipe)
+    decisions = decide(plan.steps, RunRecord.read(plan.run_dir))
+    made = f"finished; made with transformers 5.0.1 (now {metadata.version('transformers')})"
+    assert (decisions["2_sft"].action, decisions["2_sft"].reason) == ("skip", made)
+    assert "transformers 5.0.2" in decisions["evaluate_2_sft"].reason
+    assert decisions["3_ppo"].reason == "finished"
+    assert main(["status", "runs/pocket"]) == 0
+    assert made in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("own_run")
+def test_a_step_runs_again_if_a_file_changes_that_its_reward_imports(recipe: Path, tmp_path: Path) -> None:
+    for name, code in {
+        "my_rewards.py": "from my_helpers import sign\ndef length(completions, **columns): ...\n",
+        "my_helpers/__init__.py": "from .deep import w as sign\n",
+        "my_helpers/deep.py": "w = 1\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(code)
+    change(recipe, "4_grpo", {"reward_funcs": ["my_rewards:length"]})
+    run_again(recipe)
+    assert due(recipe) == {}
+    for name in ("my_rewards.py", "my_helpers/__init__.py", "my_helpers/deep.py"):
+        code = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(f"{code}# edited\n")
+        assert due(recipe)["4_grpo"].reason == f"{name} has changed"
+        (tmp_path / name).write_text(code)
     assert due(recipe) == {}
 
 
