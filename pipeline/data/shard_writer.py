@@ -121,9 +121,9 @@ def _describe_documents(data_args: DataArguments, source: Path, tasks: int) -> d
 
 def check_arguments(args: ShardArguments, folder: Path, source: Path, files: Mapping[str, str]) -> list[Problem]:
     """Check the arguments for writing shards of `source` to `folder`, which will have `files`: texts by name."""
-    problems = check_links(folder)
+    problems = check_links(Path(args.output_dir))
     problem = check_directory(args.output_dir)
-    if problem is not None:
+    if problem is not None and not problems:
         problems.append(problem)
     if folder.resolve().is_relative_to(source.resolve()):
         remedy = "lies inside dataset_name, and would be read as data; choose another directory"

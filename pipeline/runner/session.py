@@ -122,9 +122,7 @@ def check_run(recipe: Recipe, options: RunOptions) -> CheckedRun:
     if not options.dry_run:
         # If this directory cannot be created, neither can those in it.
         refuse(check_directory(plan.run_dir))
-        _refuse_links(plan.run_dir, [])
-        outputs = [step.output for step in plan.steps]
-        refuse(*map(check_directory, [*outputs, plan.run_dir / "logs"]))
+    _refuse_links(plan.run_dir, [])
     record = RunRecord.read(plan.run_dir)
     first_own_step = record.content.get("since")
     if first_own_step:
@@ -135,6 +133,9 @@ def check_run(recipe: Recipe, options: RunOptions) -> CheckedRun:
     was_locked = is_locked(plan.run_dir / LOCK_FILE)
     decisions = choose_steps(plan.steps, record, options.start, options.until, options.force)
     _refuse_links(plan.run_dir, decisions)
+    if not options.dry_run:
+        outputs = [step.output for step in plan.steps]
+        refuse(*map(check_directory, [*outputs, plan.run_dir / "logs"]))
     due = [step for step, decision in decisions if decision.action != "skip"]
     if due:
         refuse(*_check_due_steps(due, plan, recipe, options))
