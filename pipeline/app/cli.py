@@ -18,7 +18,8 @@ from pathlib import Path
 from pipeline.data.votes import votes_step
 from pipeline.errors import Problem, UserError, as_typed, refuse
 from pipeline.evaluation.cli import add_trust
-from pipeline.files import holds_model
+from pipeline.evaluation.evaluate_yaml import VOTES
+from pipeline.files import check_links, holds_model
 
 LIMITS = {
     "port": (1, 65535),
@@ -77,6 +78,7 @@ def main(args: argparse.Namespace) -> int:
         problems.append(Problem("--pair", " ".join(args.pair), "name one model or two"))
     if args.guidelines and not args.guidelines.is_file():
         problems.append(Problem("--guidelines", args.guidelines, "is not a file; give one in Markdown"))
+    problems += check_links(run / VOTES, home=run, field="RUN")
     refuse(*problems)
     print("Loading PyTorch and Transformers ...", flush=True)
     # These imports take seconds, which `--help` does not need.

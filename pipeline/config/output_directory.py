@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from pipeline.config.fields import READ
 from pipeline.config.weight_fields import can_continue, has_effect
 from pipeline.errors import Problem
-from pipeline.files import as_list, check_directory, read_json, write_text
+from pipeline.files import as_list, check_directory, check_links, read_json, write_text
 
 RECORD = "arguments.json"
 """The file with the record."""
@@ -58,7 +58,7 @@ def recorded_template_kwargs(model: str) -> dict[str, Any]:
 def check_output_directory(arguments: Iterable[Any], machine_fields: Collection[str] = ()) -> list[Problem]:
     """Check, before anything is written, that the run may write to its output directory.
 
-    The directory must be writable, not be read by the run, and not belong to another run.
+    The directory must be writable, not be read by the run, not belong to another run, and not lead elsewhere by links.
 
     Args:
         arguments: The run's argument dataclasses. Without `TrainingArguments` among them, nothing is checked.
@@ -73,9 +73,9 @@ def check_output_directory(arguments: Iterable[Any], machine_fields: Collection[
     if output_dir is None:
         return []
     path = Path(output_dir)
-    problem = check_directory(path)
-    if problem:
-        return [problem]
+    problems = check_links(path)[:1] or list(filter(None, [check_directory(path)]))
+    if problems:
+        return problems
     values = to_record(items)
     remedy = _conflict_with_inputs(path.resolve(), values)
     if remedy is None:

@@ -19,7 +19,7 @@ from pipeline.data.packing import DOCUMENTS_AT_ONCE, Encoder
 from pipeline.data.shards import RECORD, TOKENIZER, document_tokenizer, open_shards
 from pipeline.data.splits import load_splits
 from pipeline.errors import Problem, UserError, refuse
-from pipeline.files import check_directory, write_text
+from pipeline.files import check_directory, check_links, write_text
 
 
 @dataclass
@@ -121,9 +121,9 @@ def _describe_documents(data_args: DataArguments, source: Path, tasks: int) -> d
 
 def check_arguments(args: ShardArguments, folder: Path, source: Path, files: Mapping[str, str]) -> list[Problem]:
     """Check the arguments for writing shards of `source` to `folder`, which will have `files`: texts by name."""
-    problems = []
+    problems = check_links(Path(args.output_dir))
     problem = check_directory(args.output_dir)
-    if problem is not None:
+    if problem is not None and not problems:
         problems.append(problem)
     if folder.resolve().is_relative_to(source.resolve()):
         remedy = "lies inside dataset_name, and would be read as data; choose another directory"

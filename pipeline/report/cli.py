@@ -8,12 +8,11 @@ Needs neither a model nor an accelerator: it reads what training and evaluation 
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.errors import Problem, refuse
+from pipeline.errors import refuse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Write the report of every run in `args.runs` and, for several, a report over all of them. Return 0."""
-    from pipeline.files import check_directory
+    from pipeline.files import check_directory, check_links
     from pipeline.report.differences import differences
     from pipeline.report.load import load_runs
     from pipeline.report.page import page_content, write_files
@@ -42,8 +41,8 @@ def main(args: argparse.Namespace) -> int:
     is_several = paths != folders or len(paths) > 1
     # Where each report is written: one for each run and, if there are several runs, last the report over all of them.
     directories = [path / "report" for path in paths]
-    # The folder that each report must stay in, even if its directory is a link.
-    homes = list(paths)
+    # The folder that each report must stay in, even if its directory is a link: a folder that the user names.
+    homes = [path if path in folders else path.parent for path in paths]
     if is_several:
         directories.append(folders[0] / "report" if paths[0] != folders[0] else directories[0] / "seeds")
         homes.append(folders[0])
@@ -53,7 +52,9 @@ def main(args: argparse.Namespace) -> int:
     # Everything is read, and every output path tested, before anything is written.
     targets = load_targets(args.targets)
     runs = load_runs(paths)
-    refuse(*_find_links(directories, homes))
+    for directory, home in zip(directories, homes, strict=True):
+        # The files in it are replaced, even if they are links.
+        refuse(*check_links(directory, home=home, field="RUN", inner=False))
     for directory in directories:
         refuse(check_directory(directory, "--output_dir" if args.output_dir else "RUN"))
     for run in runs:
@@ -78,17 +79,3 @@ def _find_runs(folders: Sequence[Path], seeds: Sequence[str] | None) -> list[Pat
     if seeds:
         return [folder / f"seed{seed}" for folder in folders for seed in seeds]
     return [run for folder in folders for run in find_seeds(folder)]
-
-
-def _find_links(directories: Sequence[Path], homes: Sequence[Path]) -> list[Problem]:
-    """Return a problem for each directory that is a link to a place outside of its home.
-
-    A run may have been downloaded from a stranger, whose link could make the report overwrite other files.
-    """
-    problems = []
-    for directory, home in zip(directories, homes, strict=True):
-        target = Path(os.path.realpath(directory))
-        if not target.is_relative_to(os.path.realpath(home)):
-            remedy = f"is a link to {target}, outside of the run; delete it, or name another place with --output_dir"
-            problems.append(Problem("RUN", directory, remedy))
-    return problems

@@ -87,7 +87,7 @@ def main(args: argparse.Namespace) -> int:
     text = json.dumps(entries, indent=1, allow_nan=False) + "\n"
     table = format_table(pairs, changes, args.tests)
     if args.output:
-        write_text(Path(args.output), text)
+        write_text(Path(args.output), text, is_named=True)
         print(table)
     else:
         print(text, end="")

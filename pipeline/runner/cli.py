@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pipeline.config.recipe_folder import LAUNCH_FILE
 from pipeline.errors import Problem, as_typed, collect, refuse
-from pipeline.files import as_list, lock
+from pipeline.files import as_list, check_links, lock
 from pipeline.runner.console import is_live, show_checks
 from pipeline.runner.due import Decisions
 from pipeline.runner.launcher import check_launch_file, exit_code, find_launch_file
@@ -167,6 +167,7 @@ def _run_seeds(
     """
     plan = recipe.plan(options.output_dir, smoke=options.smoke)
     run_dir = plan.run_dir
+    refuse(*check_links(*(run_dir / f"seed{seed}" for seed in seeds), home=run_dir, inner=False))
     first_steps = _first_steps(plan.steps, plan.seed, run_dir, options, seeds)
     if first_steps and not options.dry_run:
         # This raises an error if a step that the seeds would share is due in the run itself.

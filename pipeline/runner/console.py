@@ -19,6 +19,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from pipeline.errors import EXIT_USER_ERROR, EXIT_WAITING
+from pipeline.files import open_regular
 from pipeline.progress import VARIABLE, time_in_words
 from pipeline.runner.run_state import RunState, Stage
 from pipeline.runner.steps import Step
@@ -104,10 +105,10 @@ class RunConsole:
         log = self.log(step)
         reports = log.with_suffix(".progress")
         log.parent.mkdir(parents=True, exist_ok=True)
-        reports.write_bytes(b"")
+        open_regular(reports, "wb").close()
         self.state.start(step)
         with (
-            log.open("ab" if resumes else "wb", buffering=0) as output,
+            open_regular(log, "ab" if resumes else "wb") as output,
             log.open(encoding="utf-8", errors="replace") as printed,
             reports.open(encoding="utf-8") as reported,
         ):

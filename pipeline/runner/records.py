@@ -25,8 +25,8 @@ from typing import Any
 from pipeline.config.machine import describe_machine
 from pipeline.data.arguments import DIVISION
 from pipeline.data.votes import VOTES_FILE
-from pipeline.errors import Problem, UserError
-from pipeline.files import read_run, write_text
+from pipeline.errors import Problem, UserError, refuse
+from pipeline.files import check_links, read_run, write_text
 from pipeline.runner.steps import Step
 
 READ_WHOLE_BYTES = 64 * 2**20
@@ -167,9 +167,11 @@ def share_steps(steps: Sequence[Step], run_dir: Path, seed_dir: Path, since: str
     """
     record = RunRecord.read(run_dir)
     new_record = RunRecord.read(seed_dir)
-    for step in steps:
-        if not record.is_finished(step.name):
-            continue
+    finished = [step for step in steps if record.is_finished(step.name)]
+    # A hard link to what a link leads to would be followed whenever the new run writes.
+    outputs = [path for step in finished for path in step.leftovers or (step.output,)]
+    refuse(*check_links(*outputs, home=run_dir), *check_links(seed_dir, home=run_dir))
+    for step in finished:
         for path in step.leftovers or (step.output,):
             target = seed_dir / path.relative_to(run_dir)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -191,7 +193,7 @@ def _link(source: str | Path, target: str | Path) -> None:
 def clear(paths: Sequence[Path], trash: Path | None, exception: str = "") -> list[Path]:
     """Move files and the contents of directories to the trash, or delete them.
 
-    The directories themselves stay, because they may be links to another disk.
+    The directories themselves stay, because they may be another disk, or links to a folder in the run.
 
     Example:
         clear([run / "2_sft"], run / ".trash/2026-01-31T12-00-00", exception="checkpoint-*")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import EXIT_PUSH_FAILED, EXIT_WAITING, Problem, as_typed, refuse
-from pipeline.files import check_directory, is_locked, lock, read_json
+from pipeline.files import check_directory, check_links, is_locked, lock, read_json
 from pipeline.progress import time_in_words
 from pipeline.runner.console import RunConsole, show_checks
 from pipeline.runner.data_table import describe_data
@@ -122,8 +122,7 @@ def check_run(recipe: Recipe, options: RunOptions) -> CheckedRun:
     if not options.dry_run:
         # If this directory cannot be created, neither can those in it.
         refuse(check_directory(plan.run_dir))
-        outputs = [step.output for step in plan.steps]
-        refuse(*map(check_directory, [*outputs, plan.run_dir / "logs"]))
+    _refuse_links(plan.run_dir, [])
     record = RunRecord.read(plan.run_dir)
     first_own_step = record.content.get("since")
     if first_own_step:
@@ -133,10 +132,25 @@ def check_run(recipe: Recipe, options: RunOptions) -> CheckedRun:
         plan = replace(plan, steps=shared[:place] + plan.steps[place:])
     was_locked = is_locked(plan.run_dir / LOCK_FILE)
     decisions = choose_steps(plan.steps, record, options.start, options.until, options.force)
+    _refuse_links(plan.run_dir, decisions)
+    if not options.dry_run:
+        outputs = [step.output for step in plan.steps]
+        refuse(*map(check_directory, [*outputs, plan.run_dir / "logs"]))
     due = [step for step, decision in decisions if decision.action != "skip"]
     if due:
         refuse(*_check_due_steps(due, plan, recipe, options))
     return CheckedRun(options, plan, decisions, record, was_locked)
+
+
+def _refuse_links(run_dir: Path, decisions: Decisions) -> None:
+    """Raise a `UserError` if a link would make the runner, or a step that is due, write outside of the run."""
+    written = [run_dir / "logs"]
+    for step, decision in decisions:
+        if decision.action != "skip":
+            written += [step.output, *step.leftovers]
+    # What earlier commands moved to the trash is not written to.
+    own = [run_dir / LOCK_FILE, run_dir / "run.json", run_dir / TRASH]
+    refuse(*check_links(*own, home=run_dir, inner=False), *check_links(*written, home=run_dir))
 
 
 def _check_due_steps(due: Sequence[Step], plan: Plan, recipe: Recipe, options: RunOptions) -> list[Problem]:
@@ -203,6 +217,7 @@ def run_steps(run: CheckedRun, warm: WarmProcess | None, began: float) -> int:
         if run.was_locked or record.content != run.record.content:
             # Something else has written to the run since the decisions were made.
             decisions = choose_steps(plan.steps, record, options.start, options.until, options.force)
+            _refuse_links(plan.run_dir, decisions)
         earlier_seed = record.content.get("seed")
         record.update(recipe=str(options.recipe), seed=plan.seed, smoke=options.smoke)
         state = RunState(plan.run_dir, plan.steps, decisions, record.seconds, options.smoke)

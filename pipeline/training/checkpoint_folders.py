@@ -122,6 +122,8 @@ def save_state(state: TrainerState, path: Path) -> None:
     """Write the state of a trainer. The best checkpoint is saved without its path, which another machine lacks."""
     best = state.best_model_checkpoint
     state.best_model_checkpoint = Path(best).name if best is not None else None
+    # In a folder from a stranger, it may be a link to any file.
+    path.unlink(missing_ok=True)
     state.save_to_json(str(path))
     state.best_model_checkpoint = best
 
