@@ -193,7 +193,7 @@ def build_app(site: Site) -> ASGIApp:
             headline=visible(headline(run)),
             verdict=Markup(render("verdict.html.jinja", verdict_content(run, find_failures(run)))),
             path=Markup(render("path.html.jinja", {"steps": steps})),
-            about=visible(question_advice(site.run), limit=2000),
+            about=question_advice(site.run),
             things=pocket_things(site.run),
             annotator=getattr(request.state, "annotator", None),
             sections=sections,
