@@ -167,6 +167,16 @@ def test_an_adapter_is_a_stage_of_the_run(run: Path, tmp_path: Path) -> None:
     assert texts[0] == texts[1], "an adapter that is not trained changes nothing"
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-45])
+def test_a_temperature_just_above_0_is_greedy(run: Path, temperature: float) -> None:
+    """Logits that are divided by it are infinite in float32."""
+    loaded = Models(run).get("4_grpo")
+    prompt = loaded.encode([{"role": "user", "content": "What is 12?"}])
+    *_, cold = write(loaded, prompt, Sampling(8, temperature))
+    *_, greedy = write(loaded, prompt, Sampling(8))
+    assert [token.id for token in cold.tokens] == [token.id for token in greedy.tokens]
+
+
 def test_sampling_settings_are_kept(run: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(run / "4_grpo").eval()
     loaded = Loaded("4_grpo", model, AutoTokenizer.from_pretrained(run / "4_grpo"), 256)
