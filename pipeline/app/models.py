@@ -27,12 +27,14 @@ from pipeline.tools.loading import Toolbox
 
 ENDED = "ended its answer"
 """Value of `Answer.stopped` if the model itself ended the answer."""
+COLDEST = 1e-6
+"""Lowest temperature at which tokens are drawn. Logits divided by a lower one may exceed the range of float32."""
 Values = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn: greedily at temperature 0; `top_k` 0 and `top_p` 1 keep all tokens."""
+    """How tokens are drawn: greedily below temperature `COLDEST`; `top_k` 0 and `top_p` 1 keep all tokens."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -221,7 +223,7 @@ def sample_tokens(
 
     Tokens that are sent to the generator, such as results of tools, follow the one that it yielded last.
     """
-    config = GenerationConfig(do_sample=sampling.temperature > 0)
+    config = GenerationConfig(do_sample=sampling.temperature >= COLDEST)
     if config.do_sample:
         config.update(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
     process = model._get_logits_processor(config, device=model.device)

@@ -36,6 +36,8 @@ GENERAL = (
 """Text for data whose card lacks this heading."""
 LONGEST_PROMPT = 4000
 """Maximum number of characters of a held-out prompt that the page offers."""
+LONGEST_ADVICE = 2000
+"""Maximum number of characters of a card that the page and the chat show."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,10 @@ def loadable_tools(run: Path) -> dict[str, Any]:
 
 
 def question_advice(run: Path) -> str:
-    """Return what the cards of the run's data say may be asked, on one line, or `GENERAL` if none says it."""
+    """Return what the cards of the run's data say may be asked, on one line, or `GENERAL` if none says it.
+
+    A card may be a stranger's: its control characters are shown, and a long text is cut.
+    """
     folders = [run / "data"]
     for source in evaluation_settings(run).facts.trained_on.values():
         folders += [Path(str(name)) for name in as_list(source["dataset_name"])]
@@ -127,7 +132,7 @@ def question_advice(run: Path) -> str:
             _, heading, text = card.partition(f"{HEADING}\n")
             if heading:
                 section, _, _ = text.partition("\n#")
-                return " ".join(section.split())
+                return visible(" ".join(section.split()), LONGEST_ADVICE)
     return GENERAL
 
 

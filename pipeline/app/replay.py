@@ -5,6 +5,7 @@ more than one prompt is switched off: normalisation over a rollout, accumulation
 """
 
 import copy
+import logging
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -171,8 +172,7 @@ def replay_trainer(
     toolbox = load_toolbox(settings, loaded.tokenizer)
     if toolbox:
         options |= {"tools": list(toolbox.tools), "environment_factory": toolbox.environment}
-    # Deprecation warnings of the libraries are not for visitors of the page.
-    with tempfile.TemporaryDirectory() as folder, unchanged_random_state(), warnings.catch_warnings(action="ignore"):
+    with tempfile.TemporaryDirectory() as folder, unchanged_random_state(), _without_warnings():
         # A new adapter gets random weights.
         set_seed(settings.get("seed", 0))
         trainer = kind(
@@ -191,6 +191,22 @@ def replay_trainer(
         # What a visitor's prompt does is no alarm of the run.
         trainer.remove_callback(CollapseAlarms)
         yield trainer
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Silence the libraries' warnings, which whoever started the page can do nothing about.
+
+    They are about deprecations, and about rows without a reward, which TRL repeats whole: whatever a visitor typed.
+    """
+    logger = logging.getLogger("trl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _config(kind: Any, settings: Values, folder: str, number: int, updates: int, device: torch.device) -> GRPOConfig:

@@ -29,6 +29,7 @@ from pipeline.app.losses import (
     with_loss,
 )
 from pipeline.app.models import Loaded, Values
+from pipeline.app.prompts import LONGEST_PROMPT
 from pipeline.app.site import Site, stream
 from pipeline.errors import LIBRARY_ERRORS, RunStopped, UserError
 from pipeline.evaluation.intervals import finite
@@ -62,7 +63,7 @@ class RolloutRequest(BaseModel):
     stage: str
     policy: str
     text: str = Field(min_length=1)
-    answer: str = ""
+    answer: str = Field("", max_length=LONGEST_PROMPT)
     seed: int = Field(0, ge=0, lt=2**63)
     loss: str = ""
     updates: int = Field(1, ge=1, le=MOST_UPDATES)

@@ -44,6 +44,8 @@ LARGEST_REQUEST = 1 << 20
 """Maximum size of a request's body, in bytes."""
 SECONDS_AFTER_WRONG = 1.0
 """Seconds after a wrong password during which its visitor waits and no other password is checked."""
+SETTINGS: dict[str, Any] = {"http": "h11", "ws": "none", "log_level": "warning", "timeout_graceful_shutdown": 1}
+"""How uvicorn serves the page, which has no websockets. h11 bounds the headers of a request."""
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src data:; connect-src 'self'; "
     "form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
@@ -108,10 +110,11 @@ class Gate:
         if is_foreign and (request.method != "GET" or headers.get("sec-fetch-mode") == "cors"):
             return PlainTextResponse("Refused: the request comes from another site", 403)
 
-        # A body in chunks has no length in advance, and overrides one that the request claims.
+        # A body in chunks has no length in advance, and overrides one that the request claims. A proxy may disagree on
+        # where it ends, so that nothing more is read from this connection.
         size = headers.get("content-length", "" if request.method == "POST" else "0")
         if not size.isdigit() or "transfer-encoding" in headers:
-            return PlainTextResponse("Length required", 411)
+            return PlainTextResponse("Length required", 411, {"Connection": "close"})
         if int(size) > LARGEST_REQUEST:
             return PlainTextResponse(f"Too large: {size} bytes, at most {LARGEST_REQUEST}", 413)
 
@@ -193,7 +196,7 @@ def build_app(site: Site) -> ASGIApp:
             headline=visible(headline(run)),
             verdict=Markup(render("verdict.html.jinja", verdict_content(run, find_failures(run)))),
             path=Markup(render("path.html.jinja", {"steps": steps})),
-            about=visible(question_advice(site.run), limit=2000),
+            about=question_advice(site.run),
             things=pocket_things(site.run),
             annotator=getattr(request.state, "annotator", None),
             sections=sections,
@@ -239,6 +242,4 @@ def serve(site: Site) -> None:
     host = f"[{options.host}]" if ":" in options.host else options.host
     print(f"http://{host}:{options.port} shows {site.run}. Ctrl-C ends it.", flush=True)
     threading.Thread(target=site.models.load_stages, daemon=True).start()
-    # h11 bounds the headers of a request, and the page has no websockets.
-    settings: dict[str, Any] = {"http": "h11", "ws": "none", "log_level": "warning", "timeout_graceful_shutdown": 1}
-    uvicorn.run(app, host=options.host, port=options.port, **settings)
+    uvicorn.run(app, host=options.host, port=options.port, **SETTINGS)

@@ -5,6 +5,7 @@ step, under the settings that the stage was trained with (`arguments.json`).
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,15 +13,17 @@ from typing import Any
 
 import torch
 from trl import ModelConfig, get_peft_config
+from trl.trainer.utils import get_callable_name
 
 from pipeline.app.models import Loaded, Values
 from pipeline.app.replay import Group, ReplayGRPO, ReplayPPO, log_probs_of, replay_trainer
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, UserError, refuse
 from pipeline.files import read_json, relocate
 from pipeline.models.generation import end_tokens
 from pipeline.models.loading import load_model
 from pipeline.rewards.loading import load_rewards
 from pipeline.rl.critic import VALUE_MODEL_FOLDER
+from pipeline.rl.reward_checks import missing_columns
 from pipeline.tools.chat_model import ChatModel
 from pipeline.tools.dialogue import Dialogue
 from pipeline.tools.loading import load_toolbox
@@ -72,6 +75,7 @@ def update(
     functions: list[Any] = []
     if settings["reward_funcs"]:
         functions = load_rewards(settings["reward_funcs"])
+    _check_row(functions, row)
     options = {"reward_funcs": functions, "peft_config": get_peft_config(adapter)}
     with replay_trainer(ReplayGRPO, policy, settings, row, group, updates, **options) as trainer:
         if settings.get("beta"):
@@ -103,7 +107,7 @@ def token_view(
     lists with an entry for each of its `tokens`, None for one that a tool wrote: `log_probs`, `kl`, `rewards`, `values`
     and `advantages`, before whitening.
     """
-    functions, tokenizers, weights = _paying_rewards(settings)
+    functions, tokenizers, weights = _paying_rewards(settings, row)
     options: dict[str, Any] = {
         "reward_funcs": functions,
         "reward_processing_classes": tokenizers,
@@ -136,10 +140,28 @@ def token_view(
     return SimpleNamespace(tokens=completion.tokens, **lists, score=score, penalty=penalty)
 
 
-def _paying_rewards(settings: Values) -> tuple[list[Any], list[Any], list[float]]:
+def _check_row(functions: Sequence[Callable[..., Any]], row: Values) -> None:
+    """Raise a `UserError` if the row of a prompt lacks a column that a reward function requires.
+
+    A held-out prompt has all of them, but a typed one has only an answer, if the visitor gave one.
+    """
+    problems = []
+    for function in functions:
+        name = get_callable_name(function)
+        missing = missing_columns(function, row)
+        if missing == ["answer"]:
+            remedy = f"the reward {name} compares with it; type the right result"
+            problems.append(Problem("answer", "nothing", remedy))
+        elif missing:
+            remedy = f"requires the column {', '.join(missing)}, which a typed prompt lacks; choose a held-out prompt"
+            problems.append(Problem("reward_funcs", name, remedy))
+    refuse(*problems)
+
+
+def _paying_rewards(settings: Values, row: Values) -> tuple[list[Any], list[Any], list[float]]:
     """Load the rewards of PPO that have a weight: models, then functions, each with its tokenizer (or None) and weight.
 
-    Rewards that are only measured may need columns that a prompt of the page does not have.
+    Rewards that are only measured may need columns that a prompt of the page does not have. The others are checked.
     """
     rewards: list[tuple[Any, Any]] = []
     for path in settings.get("reward_model_path") or []:
@@ -149,6 +171,7 @@ def _paying_rewards(settings: Values) -> tuple[list[Any], list[Any], list[float]
         rewards += [(function, None) for function in load_rewards(names)]
     weights = settings.get("reward_weights") or [1.0] * len(rewards)
     paying = [(*reward, weight) for reward, weight in zip(rewards, weights, strict=True) if weight]
+    _check_row([function for function, tokenizer, _ in paying if tokenizer is None], row)
     functions = [function for function, _, _ in paying]
     tokenizers = [tokenizer for _, tokenizer, _ in paying]
     return functions, tokenizers, [weight for _, _, weight in paying]

@@ -7,8 +7,9 @@ It rejects tokenizers whose hash of one encoded text is unknown; this command id
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
+from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.errors import Problem, UserError, as_typed, refuse
@@ -17,11 +18,12 @@ from pipeline.models.loading import base_of, is_reward_model, load_config, user_
 from pipeline.models.patches import replace_method
 from pipeline.models.tokenizer import Algorithm, pre_tokenizer
 
-PRE_TOKENIZER = "smollm"
-"""llama.cpp's name for single digits and GPT-2's pattern.
+LLAMA_CPP_NAMES: dict[Algorithm, str] = {"bpe": "smollm", "character": "smollm"}
+"""llama.cpp's name for how a kind of tokenizer splits texts. A kind is added when `tests/interop` compares its tokens.
 
-It also suits the character tokenizer: all of its merges are within a character, and they cannot apply anywhere else
-however a text is split, because no merge begins with the last byte of a character.
+"smollm" is single digits and GPT-2's pattern. It also suits the character tokenizer: all of its merges are within a
+character, and they cannot apply anywhere else however a text is split, because no merge begins with the last byte of a
+character.
 """
 
 
@@ -67,7 +69,7 @@ def main(args: argparse.Namespace) -> int:
     name_pre_tokenizer = TextModel.get_vocab_base_pre
 
     def name_ours_too(self: Any, tokenizer: PreTrainedTokenizerFast) -> str:
-        return PRE_TOKENIZER if is_trained_here(tokenizer) else name_pre_tokenizer(self, tokenizer)
+        return find_pre_tokenizer(tokenizer) or name_pre_tokenizer(self, tokenizer)
 
     replace_method(TextModel, "get_vocab_base_pre", name_ours_too)
     # The converter reads the command line by itself.
@@ -79,8 +81,14 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def is_trained_here(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Return whether a tokenizer splits texts like the ones that this project trains."""
-    # Pre-tokenizers cannot be compared, but their printed form can.
-    ours = [str(pre_tokenizer(algorithm)) for algorithm in get_args(Algorithm)]
-    return str(tokenizer.backend_tokenizer.pre_tokenizer) in ours
+def find_pre_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """Return llama.cpp's name for how a tokenizer splits texts, or None if it is of no kind in `LLAMA_CPP_NAMES`."""
+    backend = tokenizer.backend_tokenizer
+    # llama.cpp merges, and would not normalise.
+    if backend.normalizer is not None or not isinstance(backend.model, BPE):
+        return None
+    for algorithm, name in LLAMA_CPP_NAMES.items():
+        # Pre-tokenizers cannot be compared, but their printed form can.
+        if str(backend.pre_tokenizer) == str(pre_tokenizer(algorithm)):
+            return name
+    return None

@@ -2,7 +2,7 @@
 
 import asyncio
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase, TrainerState
@@ -69,11 +69,7 @@ def check_rewards(
 def _check_columns(name: str, function: Callable[..., Any], train: Split) -> list[Problem]:
     """Check that the data have the columns that a reward function requires, and call a function of the user once."""
     columns = column_names(train)
-    missing = []
-    for parameter in inspect.signature(function).parameters.values():
-        is_required = parameter.default is parameter.empty and parameter.kind in BY_NAME
-        if is_required and parameter.name not in (*PASSED_BY_TRL, *columns):
-            missing.append(parameter.name)
+    missing = missing_columns(function, columns)
     if missing:
         hint = " (set answer_column)" if missing == ["answer"] else ""
         remedy = f"the data have no column {', '.join(missing)}, which it requires{hint}; they have: "
@@ -83,6 +79,16 @@ def _check_columns(name: str, function: Callable[..., Any], train: Split) -> lis
         with collect(problems):
             _try_on_first_row(function, train)
     return problems
+
+
+def missing_columns(function: Callable[..., Any], columns: Collection[str]) -> list[str]:
+    """Return the columns that a reward function requires by its signature, and that are not among `columns`."""
+    missing = []
+    for parameter in inspect.signature(function).parameters.values():
+        is_required = parameter.default is parameter.empty and parameter.kind in BY_NAME
+        if is_required and parameter.name not in (*PASSED_BY_TRL, *columns):
+            missing.append(parameter.name)
+    return missing
 
 
 def _try_on_first_row(function: Callable[..., Any], train: Split) -> None:

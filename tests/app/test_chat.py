@@ -92,6 +92,27 @@ def test_control_characters_of_an_answer_are_shown_and_not_sent_to_the_terminal(
     assert "␛]0;owned␇" in printed and "⟨U+202E⟩" in printed
 
 
+class Terminal(io.StringIO):
+    """Lines that somebody types."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_greeting_shows_control_characters_of_the_runs_card(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "4_grpo").symlink_to(run / "4_grpo")
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "README.md").write_text("## What may I ask?\n\nAbout \x1b]0;owned\x07foxes.\n")
+    monkeypatch.setattr("sys.stdin", Terminal(""))
+    assert main(["chat", str(tmp_path / "4_grpo")]) == 0
+    printed = capsys.readouterr().out
+    assert "About ␛]0;owned␇foxes." in printed
+    assert "\x1b" not in printed
+
+
 @pytest.mark.parametrize(
     ("folder", "message"), [("", "is a run; name one of its stages"), ("3_reward", "reward model")]
 )
@@ -144,6 +165,16 @@ def test_an_adapter_is_a_stage_of_the_run(run: Path, tmp_path: Path) -> None:
         *_, answer = write(loaded, loaded.encode([{"role": "user", "content": "What is 12?"}]), Sampling(8))
         texts.append(answer.text)
     assert texts[0] == texts[1], "an adapter that is not trained changes nothing"
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-45])
+def test_a_temperature_just_above_0_is_greedy(run: Path, temperature: float) -> None:
+    """Logits that are divided by it are infinite in float32."""
+    loaded = Models(run).get("4_grpo")
+    prompt = loaded.encode([{"role": "user", "content": "What is 12?"}])
+    *_, cold = write(loaded, prompt, Sampling(8, temperature))
+    *_, greedy = write(loaded, prompt, Sampling(8))
+    assert [token.id for token in cold.tokens] == [token.id for token in greedy.tokens]
 
 
 def test_sampling_settings_are_kept(run: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, MutableMapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 from anyio import CapacityLimiter
 from httpx2 import ASGITransport, AsyncClient
 from starlette.responses import PlainTextResponse
@@ -90,6 +92,30 @@ def test_a_body_whose_length_is_not_known_is_refused_before_it_is_read(guarded: 
     for path in ("/login", "/prefer/vote", "/"):
         assert guarded.request(method, path, content=b"body", headers=chunked).status_code == 411
     assert guarded.post("/login", content=b"x" * (1 << 21)).status_code == 413
+
+
+def test_a_request_of_two_lengths_gets_one_answer() -> None:
+    """A proxy that goes by the other length sees one request, and would give the second answer to somebody else."""
+    gate = server.Gate(PlainTextResponse("the page"), None, 7860)
+    served = uvicorn.Server(uvicorn.Config(gate, port=0, **server.SETTINGS))
+    thread = threading.Thread(target=served.run, daemon=True)
+    thread.start()
+    while not served.started:
+        time.sleep(0.01)
+    address = served.servers[0].sockets[0].getsockname()
+    hidden = "GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    body = f"0\r\n\r\n{hidden}"
+    lengths = f"Content-Length: {len(body)}\r\nTransfer-Encoding: chunked\r\n"
+    with socket.create_connection(address, timeout=10) as connection:
+        connection.sendall(f"POST /compare HTTP/1.1\r\nHost: 127.0.0.1\r\n{lengths}\r\n{body}".encode())
+        received = b""
+        # The server closes the connection.
+        while part := connection.recv(65536):
+            received += part
+    served.should_exit = True
+    thread.join()
+    assert received.startswith(b"HTTP/1.1 411")
+    assert received.count(b"HTTP/1.1") == 1
 
 
 def test_a_path_in_a_call_is_not_opened(client: TestClient, run: Path) -> None:

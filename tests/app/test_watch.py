@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import GRPOConfig
 from trl import GRPOTrainer as TRLGRPOTrainer
@@ -291,3 +292,46 @@ def test_tokens_that_nothing_is_learned_from_have_no_numbers(run: Path, site_of:
     for name in ("logProbs", "ratios", "terms", "pushes"):
         values = event["updates"][0][name]
         assert None not in values[0] and {value for row in values[1:] for value in row} == {None}
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "line"),
+    [
+        ("4_grpo", {}, "answer: nothing: the reward exact_answer compares with it; type the right result"),
+        (
+            "4_grpo",
+            {"reward_funcs": ["code_tests"]},
+            "reward_funcs: code_tests: requires the column test, which a typed prompt lacks; choose a held-out prompt",
+        ),
+        (
+            "3_ppo",
+            {"reward_funcs": ["exact_answer"]},
+            "answer: nothing: the reward exact_answer compares with it; type the right result",
+        ),
+    ],
+)
+def test_a_typed_prompt_that_lacks_what_a_reward_requires_is_one_line(
+    run: Path,
+    site_of: Callable[..., Site],
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+    changes: dict[str, Any],
+    line: str,
+) -> None:
+    settings = watch.stage_settings(run, stage) | changes
+    monkeypatch.setattr(watch, "stage_settings", lambda *_: settings)
+    request = rollout.RolloutRequest(stage=stage, policy="2_sft", text="What is 99?")
+    *_, event = rollout.roll_out(site_of(run), request)
+    assert event == {"failed": line}
+
+
+def test_a_result_that_nothing_can_be_compared_with_does_not_fill_the_terminal(
+    run: Path, site_of: Callable[..., Site], caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """TRL warns of rows that no reward function has an opinion on, and repeats them whole."""
+    options = {"stage": "4_grpo", "policy": "3_ppo", "text": "What is 99?"}
+    *_, event = rollout.roll_out(site_of(run), rollout.RolloutRequest(**options, answer="9" * 3000))
+    assert event["step"] == "inside"
+    assert "999" not in caplog.text + "".join(capfd.readouterr())
+    with pytest.raises(ValidationError):
+        rollout.RolloutRequest(**options, answer="9" * 100_000)

@@ -3,6 +3,7 @@
 import sys
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,11 +11,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from pipeline.__main__ import main
-from pipeline.models.gguf import is_trained_here
+from pipeline.models.gguf import LLAMA_CPP_NAMES
 from pipeline.models.import_gguf import WEIGHTS
 from pipeline.models.scratch import ScratchArguments, build_model
 from pipeline.models.tokenizer import pre_tokenizer, train_tokenizer
@@ -102,11 +108,74 @@ def split_as_smollm() -> Tokenizer:
     return words
 
 
-def test_other_tokenizers_are_left_to_the_converter() -> None:
-    other = Tokenizer(models.BPE())
-    other.pre_tokenizer = pre_tokenizers.ByteLevel()
-    assert is_trained_here(tokenizer())
-    assert not is_trained_here(PreTrainedTokenizerFast(tokenizer_object=other))
+def stand_in_converter(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Replace llama.cpp's converter by one that knows no tokenizer; return the names that it is given for some."""
+    names: list[str] = []
+
+    class TextModel:
+        def get_vocab_base_pre(self, tokenizer: Any) -> str:
+            raise NotImplementedError("BPE pre-tokenizer was not recognized")
+
+    def convert() -> None:
+        names.append(TextModel().get_vocab_base_pre(AutoTokenizer.from_pretrained(sys.argv[1])))
+
+    modules = {"convert_hf_to_gguf": SimpleNamespace(main=convert), "conversion": SimpleNamespace()}
+    modules["conversion.base"] = SimpleNamespace(TextModel=TextModel)
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr("sys.argv", ["fourstage"])
+    return names
+
+
+@pytest.mark.parametrize("algorithm", sorted(LLAMA_CPP_NAMES))
+def test_a_kind_that_was_tried_with_llama_cpp_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: Any
+) -> None:
+    names = stand_in_converter(monkeypatch)
+    save_model(tmp_path)
+    train_tokenizer([TEXT], vocab_size=300, algorithm=algorithm).save_pretrained(tmp_path)
+    assert main(["gguf", str(tmp_path), str(tmp_path / "out.gguf")]) == 0
+    assert names == ["smollm"]
+
+
+def with_other_parts(**parts: Any) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of this project with other parts, such as a pre-tokenizer."""
+    words = tokenizer()
+    backend = Tokenizer.from_str(words.backend_tokenizer.to_str())
+    for name, part in parts.items():
+        setattr(backend, name, part)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=words.eos_token)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"pre_tokenizer": pre_tokenizers.ByteLevel()},
+        {"pre_tokenizer": pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel()])},
+        {"normalizer": normalizers.Lowercase()},
+        {"model": models.WordLevel({"a": 0}, unk_token="a")},
+    ],
+    ids=["GPT-2's", "words", "normalised", "no merges"],
+)
+def test_other_tokenizers_are_left_to_the_converter_which_refuses_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], parts: dict[str, Any]
+) -> None:
+    names = stand_in_converter(monkeypatch)
+    save_model(tmp_path)
+    with_other_parts(**parts).save_pretrained(tmp_path)
+    message = refused(capsys, "gguf", tmp_path, tmp_path / "out.gguf")
+    assert "pre-tokenizer was not recognized" in message
+    assert names == []
+
+
+def test_a_kind_that_was_not_tried_with_llama_cpp_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A new kind was exported as "smollm": llama.cpp would have split its texts in another way, without a word."""
+    stand_in_converter(monkeypatch)
+    save_model(tmp_path)
+    monkeypatch.delitem(LLAMA_CPP_NAMES, "bpe")
+    assert "pre-tokenizer was not recognized" in refused(capsys, "gguf", tmp_path, tmp_path / "out.gguf")
 
 
 def test_what_llama_cpp_cannot_run_is_refused_in_one_line(
