@@ -120,7 +120,7 @@ def test_app(
 def test_the_data_set_of_votes(name: str, target: Path, home: Path) -> None:
     """Any reader of the votes, such as `evaluate`, brings their data set up to date."""
     link(home / "run" / name, target)
-    with pytest.raises(UserError, match="is a link to .*, outside of the run; delete it"):
+    with pytest.raises(UserError, match=r"is a link to .*, outside of the run; delete it"):
         update_data_set(home / "run" / "votes")
 
 

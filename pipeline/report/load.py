@@ -373,9 +373,9 @@ def _set_machine(run: Run) -> None:
     run.notes.append(f"{run.path / 'run.json'}: {note}; the report shows those of {last}")
 
 
-def _other_versions(versions: Mapping[str, Any] | None, shown: Mapping[str, Any]) -> str:
-    """Return the versions of a step that are not those shown, such as "torch 2.12, trl 1.15"."""
-    differing = [f"{name} {version}" for name, version in (versions or {}).items() if shown.get(name) != version]
+def _other_versions(versions: Mapping[str, Any] | None, reference: Mapping[str, Any]) -> str:
+    """Return the versions of a step that differ from those of another, such as "torch 2.12, trl 1.15"."""
+    differing = [f"{name} {version}" for name, version in (versions or {}).items() if reference.get(name) != version]
     return ", ".join(differing)
 
 

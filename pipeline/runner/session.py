@@ -149,8 +149,8 @@ def _refuse_links(run_dir: Path, decisions: Decisions) -> None:
         if decision.action != "skip":
             written += [step.output, *step.leftovers]
     # What earlier commands moved to the trash is not written to.
-    own = [run_dir / LOCK_FILE, run_dir / "run.json", run_dir / TRASH]
-    refuse(*check_links(*own, home=run_dir, inner=False), *check_links(*written, home=run_dir))
+    records = [run_dir / LOCK_FILE, run_dir / "run.json", run_dir / TRASH]
+    refuse(*check_links(*records, home=run_dir, inner=False), *check_links(*written, home=run_dir))
 
 
 def _check_due_steps(due: Sequence[Step], plan: Plan, recipe: Recipe, options: RunOptions) -> list[Problem]:
