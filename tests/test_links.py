@@ -19,6 +19,7 @@ from pipeline.preferences.people import load_votes
 from pipeline.training.entry import run as run_recipe
 from pipeline.training.reliable import STATE
 from tests.helpers.fake_run import UNTIL_SFT, write_run
+from tests.helpers.files import write_rows
 from tests.helpers.refusals import refused
 from tests.helpers.small_model import recipe_command, save_model, save_tokenizer, write_conversations
 
@@ -49,6 +50,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tokenizer(home / "run" / "2_sft")
     recipe_command("sft", home / "inputs")
     write_conversations(home / "few.jsonl", 4)
+    write_rows(home / "prompts.jsonl", [{"prompt": VOTE["prompt"]}])
     (home / "run" / "run.json").write_text('{"steps": {}}')
     (home / "run" / "votes").mkdir()
     (home / "run" / "votes" / "votes.jsonl").write_text(json.dumps(VOTE) + "\n")
@@ -68,10 +70,10 @@ def home(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     assert contents(tmp_path) == before
 
 
-def contents(home: Path) -> dict[str, bytes]:
-    """Return the content of the files that must not change, by path, and of none that must not exist."""
-    files = [home / "victim", home / "missing", *(home / "outside").rglob("*")]
-    return {str(path): path.read_bytes() for path in files if path.exists()}
+def contents(home: Path) -> dict[str, bytes | None]:
+    """Return the content of what must not change, by path: bytes of a file, None of a folder."""
+    paths = [home / "victim", home / "missing", *(home / "outside").rglob("*")]
+    return {str(path): path.read_bytes() if path.is_file() else None for path in paths if path.exists()}
 
 
 def link(path: Path, target: Path) -> None:
@@ -112,8 +114,15 @@ def test_app(
     pytest.importorskip("krippendorff")
     monkeypatch.setattr("uvicorn.run", visit)
     link(home / "run" / name, target)
-    prompts = str(home / "few.jsonl")
-    ends_well(capsys, lambda: main(["app", "run", "--prompts", prompts]), f"run/{name}")
+    ends_well(capsys, lambda: main(["app", "run", "--prompts", "prompts.jsonl"]), f"run/{name}")
+
+
+def test_app_without_links(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("krippendorff")
+    monkeypatch.setattr("uvicorn.run", visit)
+    assert main(["app", "run", "--prompts", "prompts.jsonl"]) == 0
+    written = {path.name for path in (home / "run" / "votes").rglob("*")}
+    assert {".votes.lock", ".data.lock", "pairs.jsonl", "README.md", "judgements"} <= written
 
 
 @pytest.mark.parametrize("name", VOTES[1:])
@@ -134,7 +143,7 @@ def test_evaluate(name: str, target: Path, home: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize("name", ["evaluations", "evaluations/mine", "votes"])
 def test_evaluate_by_name_and_by_votes(name: str, target: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     link(home / "run" / name, target)
-    options = ["--stage", "2_sft", "--name", "mine", "--prompts", "few.jsonl", "--judge", "votes"]
+    options = ["--stage", "2_sft", "--name", "mine", "--prompts", "prompts.jsonl", "--judge", "votes"]
     message = refused(capsys, "evaluate", "run", *options)
     assert f"RUN: run/{name}: is a link to {target}, outside of the run" in message
 
