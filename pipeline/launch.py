@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from filelock import FileLock
 
 from pipeline import hardware
 from pipeline.errors import Problem, RunStopped, UserError, refuse, signal_with_parent
@@ -89,25 +88,35 @@ def once_per_node(args: TrainingArguments) -> Iterator[None]:
     if args.world_size == 1:
         yield
         return
+    # Windows lacks it, but also imports this module.
+    import fcntl
+
     from accelerate import PartialState
 
-    #     first process   acquire ---- wait_for_everyone ---- prepare ---- release
-    #     others                       wait_for_everyone ---- acquire (waits) ---- release ---- read the cache
+    #     first process   open, lock   wait_for_everyone   delete the name   prepare   unlock
+    #     others          open         wait_for_everyone   lock (waits)                          read the cache
+    #
+    # After the barrier, all processes have the file, and nobody needs its name any more, which would be left in the
+    # temporary folder. Nodes may share the folder, and launchers of one group may share a node.
     state = PartialState()
-    # Two locks take turns: the first process may be back here before the others have seen that it released one. Nodes
-    # may share the folder, and launchers of one group may share a node.
     node = f"{socket.gethostname()}-{os.environ.get('GROUP_RANK')}"
-    name = f"fourstage-{os.getuid()}-{node}-{os.environ.get('MASTER_PORT')}-{next(_prepared) % 2}.lock"
-    lock = FileLock(Path(tempfile.gettempdir()) / name)
-    if state.is_local_main_process:
-        with lock:
+    name = f"fourstage-{os.getuid()}-{node}-{os.environ.get('MASTER_PORT')}-{next(_prepared)}.lock"
+    path = Path(tempfile.gettempdir()) / name
+    # Other users may write to the folder, so that links are not followed.
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
+    try:
+        if state.is_local_main_process:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
             state.wait_for_everyone()
-            yield
-    else:
-        state.wait_for_everyone()
-        with lock:
-            pass
+            path.unlink(missing_ok=True)
+        else:
+            state.wait_for_everyone()
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
         yield
+    finally:
+        # Unlocking explicitly releases the lock even if children still have the descriptor.
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
 
 
 def quiet_libraries() -> None:

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,7 @@ def prepare(process: int, port: int, folder: Path) -> None:
         return encode(self, texts)
 
     Encoder.__call__ = record  # type: ignore[method-assign]
+    tempfile.tempdir = str(folder / "temporary")
     args = PretrainConfig(str(folder / "out"), block_size=16, use_cpu=True, bf16=False, report_to="none")
     documents = load_dataset("json", data_files=str(folder / "text.jsonl"), split="train")
     # The locks must not wait for each other, even if they are taken more often than in a run.
@@ -252,6 +254,7 @@ def prepare(process: int, port: int, folder: Path) -> None:
 
 def test_data_are_prepared_once_by_two_processes(tmp_path: Path) -> None:
     write_rows(tmp_path / "text.jsonl", [{"text": f"{row} is a number"} for row in range(30)])
+    (tmp_path / "temporary").mkdir()
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     context = multiprocessing.get_context("fork")
@@ -262,3 +265,4 @@ def test_data_are_prepared_once_by_two_processes(tmp_path: Path) -> None:
         process.join(60)
     (first, blocks), (second, same) = (json.loads((tmp_path / f"{number}.json").read_text()) for number in range(2))
     assert first == [30, 5] and second == [] and blocks == same
+    assert not list((tmp_path / "temporary").glob("fourstage-*")), "no lock file is left"
