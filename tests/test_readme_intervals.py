@@ -19,7 +19,9 @@ SHARE, WINS = 0.9, 0.5
 than wins and losses."""
 
 MEASURED: dict[str, list[tuple[str, int, float]]] = {
-    "README.md": [("win rate", 200 * 4, WINS), ("accuracy", 400, SHARE), ("pass@1", 300, SHARE)],
+    "README.md": [
+        ("win rate", 200 * 4, WINS), ("accuracy", 400, SHARE), ("pass@1", 300, SHARE), ("solved", 500, SHARE),
+    ],
     "recipes/gsm8k-shakespeare/README.md": [("", 50 * 4, WINS)],
     "recipes/pocket/README.md": [
         # Of `2_sft` against itself, all matches are draws.

@@ -16,6 +16,7 @@ from pipeline.evaluation.evaluate_yaml import (
     is_task_file,
 )
 from pipeline.files import as_list, is_missing_path
+from pipeline.rewards.table import GRADES
 from pipeline.stages import HELD_OUT
 
 MAX_SAMPLES = 1000
@@ -33,7 +34,6 @@ def check(content: Values, facts: RunFacts, prefix: str = "") -> list[Problem]:
     # Imported here, because it imports transformers and TRL.
     from pipeline.config.parser import check_values
     from pipeline.models.vllm_sampler import validate_vllm
-    from pipeline.rewards.graders import GRADES
     from pipeline.rewards.loading import load_rewards
 
     _, problems = check_values(content, [EvaluationArguments])

@@ -67,22 +67,22 @@ def differences(run: Run) -> list[Difference]:
         parent = run.parent_stage(stage)
         if parent is not None and is_other_architecture:
             # No stage starts from a second pretraining, so it is compared the other way: as the first one's baseline.
-            changes += _between(stage, parent)
+            changes += _between(run, stage, parent)
         elif parent is not None:
-            changes += _between(parent, stage)
+            changes += _between(run, parent, stage)
         variant = run.first_variant(stage)
         if variant is not None:
-            changes += _between(variant, stage)
+            changes += _between(run, variant, stage)
         if not is_other_architecture:
             for baseline in run.baselines.values():
                 # In other metrics, a difference from a baseline says nothing about the training.
-                changes += [change for change in _between(baseline, stage) if change.aim]
+                changes += [change for change in _between(run, baseline, stage) if change.aim]
     return changes
 
 
-def _between(reference: StageResult, stage: StageResult) -> list[Difference]:
-    """Return the differences in the metrics that both stages have, beginning with the aims of `stage`."""
-    aims = stage_info(stage).aims
+def _between(run: Run, reference: StageResult, stage: StageResult) -> list[Difference]:
+    """Return the differences in the metrics that two stages of a run share, beginning with the aims of `stage`."""
+    aims = run.aims_of(stage)
     shared = [name for name in stage.metrics if name in reference.metrics]
     changes = []
     for metric in sorted(shared, key=lambda name: (name not in aims, metric_order(name))):

@@ -31,6 +31,7 @@ from pipeline.evaluation.intervals import Estimate, outcome_mean
 from pipeline.evaluation.metric_info import metric_info
 from pipeline.evaluation.results import StageResult
 from pipeline.files import read_json, read_run, read_shapes
+from pipeline.preferences.aims import find_aims
 from pipeline.stages import STAGES, find_baseline, kind_in_name, stage_order
 from pipeline.stages.kinds import StageKind
 
@@ -178,6 +179,30 @@ class Run:
                 return values
         return stage.arguments
 
+    def aims_of(self, stage: StageResult) -> tuple[str, ...]:
+        """Return the metrics that a stage is trained to improve, the main one first."""
+        steps = []
+        problems = None
+        for name, step in self.steps.items():
+            values: dict[str, Any] = step.get("values", {})
+            if name.startswith(EVALUATE):
+                # All evaluations of a run have the same settings.
+                problems = problems or values.get("problems")
+            else:
+                steps.append((stage_kind(name), values))
+        return find_aims((stage_kind(stage), self.settings_of(stage)), steps, problems)
+
+    def main_aim(self, stage: StageResult) -> str | None:
+        """Return the first of the metrics that a stage is trained to improve that was measured, or None.
+
+        A metric that is neither better if it rises nor if it falls, such as the share of answers with steps, is no main
+        aim.
+        """
+        for name in self.aims_of(stage):
+            if name in stage.metrics and metric_info(name).better:
+                return name
+        return None
+
     def start_of(self, stage: StageResult) -> str:
         """Return the model from which the training of a stage started, "" if that is unknown.
 
@@ -269,18 +294,6 @@ def _list_texts(texts: Iterable[str]) -> str:
         else:
             groups.setdefault("", quotes).append(f"“{text}”")
     return " or ".join(" or ".join(quoted) + place for place, quoted in groups.items())
-
-
-def main_aim(stage: StageResult) -> str | None:
-    """Return the first of the metrics that a stage is trained to improve that was measured, or None.
-
-    A metric that is neither better if it rises nor if it falls, such as the share of answers with steps, is no main
-    aim.
-    """
-    for name in stage_info(stage).aims:
-        if name in stage.metrics and metric_info(name).better:
-            return name
-    return None
 
 
 def load_runs(paths: Sequence[Path]) -> list[Run]:

@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.metric_info import metric_info
 from pipeline.evaluation.results import StageResult
-from pipeline.report.load import Run, main_aim, stage_info, stage_kind
+from pipeline.report.load import Run, stage_info, stage_kind
 from pipeline.report.summary import by_length, seconds, training_cost
 from pipeline.report.text import counted, duration, magnitude, number
 from pipeline.stages import STAGES
@@ -117,7 +117,7 @@ def _figure(run: Run, stage: StageResult, start: StageResult | None) -> dict[str
         `now` and `was`, its values in the stage and in `start` ("" if unknown); `what`, its name in words; `lower`,
         whether a lower value is better; and `baselines`, the values reached without training.
     """
-    aim = main_aim(stage) if stage_info(stage).aims else "bits_per_byte"
+    aim = run.main_aim(stage) if stage_info(stage).aims else "bits_per_byte"
     if aim not in stage.metrics:
         return None
     info = metric_info(aim)

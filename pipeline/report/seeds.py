@@ -244,6 +244,7 @@ def _groups(
         sign: Whether to write means and values with their sign, as is usual for differences.
     """
     results = {stage.name: stage for run in runs for stage in run.stages.values()}
+    aims = {stage.name: run.aims_of(stage) for run in runs for stage in run.stages.values()}
     groups = []
     for group, metrics in stages.items():
         # "4_grpo - elicited" is a difference of the stage from a baseline.
@@ -255,7 +256,8 @@ def _groups(
             if "mean" in entry:
                 described = metric_info(metric)
                 row = _row(described.label, entry, partial(signed if sign else number, digits=described.digits))
-                rows.append({**row, "sd": number(entry["sd"], described.digits), "aim": metric in info.aims})
+                is_aim = metric in aims.get(name, ())
+                rows.append({**row, "sd": number(entry["sd"], described.digits), "aim": is_aim})
         groups.append({"title": (titles or {}).get(group) or info.title, "stage": group, "rows": rows})
     return groups
 

@@ -1,6 +1,6 @@
 """The verdict on a run: what did not work, according to its metrics, and what to do about it.
 
-Each stage is judged by its main aim, the first metric of its kind's `aims` that was measured. The report then shows:
+Each stage is judged by its main aim, the first metric of `Run.aims_of` that was measured. The report then shows:
 
     find_failures   what did not work, such as a main aim without a significant gain or data that were mostly dropped
     find_unjudged   stages that cannot be judged, because they or what they started from were not measured
@@ -18,7 +18,7 @@ from pipeline.evaluation.metric_info import metric_info
 from pipeline.evaluation.results import StageResult, copies_in
 from pipeline.report.curves import logged
 from pipeline.report.differences import judge_change, paired_difference
-from pipeline.report.load import EVALUATE, Run, main_aim, stage_info
+from pipeline.report.load import EVALUATE, Run, stage_info
 from pipeline.report.text import counted, interval, number, signed
 from pipeline.stages import HELD_OUT, SMOKE, stage_order
 
@@ -173,7 +173,7 @@ def find_unjudged(run: Run) -> list[str]:
         if not stage.metrics:
             continue
         for baseline in run.baselines_to_beat:
-            shared = [name for name in stage_info(stage).aims if name in stage.metrics and name in baseline.metrics]
+            shared = [name for name in run.aims_of(stage) if name in stage.metrics and name in baseline.metrics]
             if any(paired_difference(baseline.outcomes(name), stage.outcomes(name), name) is None for name in shared):
                 lines.append(f"{stage.name} was not compared with {baseline.name} (they have no example in common)")
     return lines
@@ -185,9 +185,9 @@ def judge_stage(run: Run, stage: StageResult) -> Judgement:
     A reward model is compared with chance. So is a win rate against the stage's own start. Any other stage is compared
     with the stage that it started from.
     """
-    aim = main_aim(stage)
+    aim = run.main_aim(stage)
     if aim is None:
-        labels = [metric_info(name).label for name in stage_info(stage).aims]
+        labels = [metric_info(name).label for name in run.aims_of(stage)]
         what = f"was not measured in its aim ({labels[0]})" if stage.metrics else "was not measured"
         return Judgement(stage, None, None, what)
     starts = [run.start_of(stage)]
@@ -402,7 +402,7 @@ def _unbeaten_baselines(run: Run, judgement: Judgement) -> Iterator[Finding]:
     """
     stage = judgement.stage
     for baseline in run.baselines_to_beat:
-        for metric in stage_info(stage).aims:
+        for metric in run.aims_of(stage):
             change = paired_difference(baseline.outcomes(metric), stage.outcomes(metric), metric)
             if change is None:
                 continue

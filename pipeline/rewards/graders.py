@@ -5,13 +5,12 @@ from typing import Any
 
 from pipeline.rewards.functions import exact_answer, math_answer
 from pipeline.rewards.loading import call_reward, load_rewards
+from pipeline.rewards.table import GRADES
 
 Example = Mapping[str, Any]
 Grader = Callable[[Sequence[str], Sequence[Example]], list[bool]]
 """A function of answers, and of the row that belongs to each; it returns whether each answer is right."""
 
-GRADES = {"exact": "exact_answer", "any": "any_answer", "math": "math_answer", "choice": "choice", "code": "code_tests"}
-"""Short names of rewards that grade answers, for `grade` in evaluate.yaml."""
 COMPARED = (None, "exact", "any", "math", "choice", "reasoning_gym")
 """Values of `grade` that only compare final answers with the row's `answer`, so that a majority of samples can be
 taken. None is the default, `grade_rows`."""

@@ -1,4 +1,4 @@
-"""The built-in rewards, and which of them are neither trained on nor used to grade answers."""
+"""The built-in rewards, which of them are neither trained on nor used to grade answers, and short names of graders."""
 
 REWARDS = {
     "math_answer": "pipeline.rewards.functions:math_answer",
@@ -18,3 +18,6 @@ MEASURED_ONLY = ("hidden_taste",)
 
 NO_VERDICT = ("answer_format", "call_cost", "hidden_taste")
 """Rewards where 1 does not mean that the answer is right, so they do not grade held-out problems."""
+
+GRADES = {"exact": "exact_answer", "any": "any_answer", "math": "math_answer", "choice": "choice", "code": "code_tests"}
+"""Short names of rewards that grade answers, for `grade` in evaluate.yaml."""

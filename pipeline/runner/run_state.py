@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pipeline.evaluation.evaluate_yaml import BASE
 from pipeline.evaluation.metric_info import metric_info
 from pipeline.files import read_json
+from pipeline.preferences.aims import find_aims
 from pipeline.runner.due import Decisions
 from pipeline.runner.steps import Step
 from pipeline.stages import STAGES
@@ -134,7 +135,9 @@ class RunState:
         self.run_dir = run_dir
         self._is_smoke = is_smoke
         models = [step for step in steps if step.stage.measured]
-        self._aims = {stage_name(step): step.stage.aims for step in models}
+        settings = [(step.kind, step.values) for step in steps]
+        problems = next((values.get("problems") for kind, values in settings if kind == "evaluate"), None)
+        self._aims = {stage_name(step): find_aims((step.kind, step.values), settings, problems) for step in models}
         # The models that a stage may start from, the likeliest last: the models that it reads or, if no setting names
         # one, the untrained model or the one from the Hub.
         outputs = {step.name: stage_name(step) for step in models}

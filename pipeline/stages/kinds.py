@@ -82,7 +82,8 @@ class StageKind:
         data: Content of the rows that it reads; "" if it reads none.
         held_out: Key of `HELD_OUT` that its own data are used for; "" for none.
         length: Field that limits the length of its texts or answers, in tokens; "" for none.
-        aims: Metrics that it is trained to improve, the main one first.
+        aims: Metrics that it is trained to improve, the main one first. Preference tuning may have another one before
+            them (`pipeline.preferences.aims`).
         remedy: What the verdict proposes if it missed its aims, in the imperative, without a full stop.
         smoke: Settings that `--smoke` overrides.
         charts: Charts of what it logs, in the order in which they are shown.

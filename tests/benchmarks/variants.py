@@ -1,9 +1,11 @@
 """Compare variants of GRPO, with one update a rollout and with four: `recipes/pocket-grpo`, `docs/grpo.md`.
 
-    fourstage run recipes/pocket-grpo --seeds 0 1 2 3 --until 3_ppo
-    python -m tests.benchmarks.variants rates runs/pocket-grpo/seed0
-    python -m tests.benchmarks.variants compare runs/pocket-grpo/seed1 runs/pocket-grpo/seed2 runs/pocket-grpo/seed3
-    python -m tests.benchmarks.variants table runs/pocket-grpo
+    fourstage run pocket --seeds 0 3 4 5 --until 3_ppo
+    python -m tests.benchmarks.variants rates runs/pocket/seed0
+    python -m tests.benchmarks.variants compare runs/pocket/seed3 runs/pocket/seed4 runs/pocket/seed5
+    python -m tests.benchmarks.variants table runs/pocket
+
+Up to `3_ppo`, `recipes/pocket` is the same as `recipes/pocket-grpo`, whose files for stage 4 are trained here.
 
 `rates` trains each variant with three learning rates on one seed, and measures them on its validation problems.
 `compare` trains each with the best of them on other seeds, and measures them on their test problems, next to the model

@@ -14,8 +14,10 @@ from pipeline.report.load import Run, load_run
 from pipeline.report.page import remarks
 from pipeline.report.path_picture import headline, path_boxes
 from pipeline.report.verdict import conclude, find_failures, find_unjudged
+from pipeline.runner.plan import read_plan
 from pipeline.stages import STAGES
 from pipeline.stages.kinds import StageKind
+from tests.helpers.small_model import ROOT
 
 LOST = {"rows": 98, "of": 700, "what": "conversations lose their end", "remedy": "raise max_length"}
 
@@ -212,6 +214,83 @@ def test_an_environment_whose_rewards_fall_is_named_although_more_answers_are_ri
         stage("4_grpo", pass_at_1=[1.0] * 30, environment_reward=[reward - 1 for reward in REWARDS]),
     )
     assert list(remedies_of(run)) == [("4_grpo", "reward went")]
+
+
+VERIFIER = {"judge": "pipeline.rewards.functions:reasoning_gym"}
+GRADED = {"grade": "reasoning_gym"}
+FROM_PAIRS = {"dataset_name": ["runs/x/3_preferences", "runs/x/data/preference/train.parquet"]}
+FROM_REWARD_MODEL = {"reward_model_path": ["runs/x/3_reward"]}
+
+
+def steps_of(
+    preferences: dict[str, Any], problems: Any, kind: str, tuning: dict[str, Any], reward: Any = None
+) -> dict[str, Any]:
+    """Return the recorded steps of a run whose stage 3, of a kind such as "ppo", has these settings."""
+    settings = {
+        "0_data": {"output_dir": "runs/x/data"},
+        "3_preferences": {"output_dir": "runs/x/3_preferences", **preferences},
+        "3_reward": {"output_dir": "runs/x/3_reward", **(reward or FROM_PAIRS)},
+        f"3_{kind}": {"output_dir": f"runs/x/3_{kind}", "model_name_or_path": "runs/x/2_sft", **tuning},
+        f"evaluate_3_{kind}": {"problems": problems},
+    }
+    return {name: {"values": values} for name, values in settings.items()}
+
+
+@pytest.mark.parametrize(
+    ("preferences", "problems", "kind", "tuning"),
+    [
+        (VERIFIER, GRADED, "ppo", FROM_REWARD_MODEL),
+        # Without `grade`, these two grade.
+        ({"judge": "pipeline.rewards.functions:exact_answer"}, {}, "ppo", FROM_REWARD_MODEL),
+        ({"judge": "mine:right"}, {"grade": "mine:right"}, "ppo", FROM_REWARD_MODEL | {"reward_funcs": ["call_cost"]}),
+        ({}, {"grade": "math"}, "ppo", {"reward_funcs": ["math_answer"]}),
+        (VERIFIER, GRADED, "dpo", {"dataset_name": "runs/x/3_preferences"}),
+    ],
+)
+def test_preference_tuning_is_for_right_answers_if_the_grader_preferred_them(
+    preferences: dict[str, Any], problems: Any, kind: str, tuning: dict[str, Any]
+) -> None:
+    """As in recipes/smollm2, where nobody can judge a win rate."""
+    name = f"3_{kind}"
+    sft, tuned = stage("2_sft", pass_at_1=[0.0] * 30), stage(name, pass_at_1=[1.0] * 26 + [0.0] * 4)
+    steps = steps_of(preferences, problems, kind, tuning)
+    run = run_of(sft, tuned, steps=steps)
+    assert find_failures(run) == [] and f"{name} was" not in conclude(run, [])
+    assert conclude(run, []).startswith("One of two stages did what it is for: better pass@1; ")
+    assert headline(run).endswith("87% of unseen problems solved (0% before).")
+    # One that gains nothing in it has failed, whatever its win rate.
+    tuned = stage(name, pass_at_1=[0.0] * 30, win_rate=[1.0] * 30)
+    assert (name, "pass@1 went") in remedies_of(run_of(sft, tuned, steps=steps))
+
+
+@pytest.mark.parametrize(
+    ("preferences", "problems", "kind", "tuning", "reward"),
+    [
+        ({}, GRADED, "ppo", FROM_REWARD_MODEL, None),
+        ({"judge": "mine:polite"}, GRADED, "ppo", FROM_REWARD_MODEL, None),
+        (VERIFIER, {"grade": "exact"}, "ppo", FROM_REWARD_MODEL, None),
+        (VERIFIER, None, "ppo", FROM_REWARD_MODEL, None),
+        (VERIFIER, GRADED, "ppo", FROM_REWARD_MODEL, {"dataset_name": ["runs/x/3_preferences", "runs/x/votes"]}),
+        (VERIFIER, GRADED, "ppo", FROM_REWARD_MODEL | {"reward_funcs": ["mine:polite"]}, None),
+        (VERIFIER, GRADED, "ppo", {"reward_model_path": "someone/else"}, None),
+        # Where prompts come from says nothing.
+        (VERIFIER, GRADED, "ppo", {"dataset_name": "runs/x/3_preferences", "reward_funcs": ["call_cost"]}, None),
+        ({"preferred_column": "answer"}, GRADED, "dpo", {"dataset_name": "runs/x/3_preferences"}, None),
+    ],
+)
+def test_preference_tuning_is_for_liked_answers_if_anyone_else_preferred_them(
+    preferences: dict[str, Any], problems: Any, kind: str, tuning: dict[str, Any], reward: Any
+) -> None:
+    sft, tuned = stage("2_sft", pass_at_1=[0.0] * 30), stage(f"3_{kind}", pass_at_1=[1.0] * 30)
+    run = run_of(sft, tuned, steps=steps_of(preferences, problems, kind, tuning, reward))
+    assert f"3_{kind} was not measured in its aim (Win rate)" in conclude(run, [])
+
+
+@pytest.mark.parametrize(("recipe", "aim"), [("smollm2", "pass@1"), ("pocket", "win_rate")])
+def test_what_a_recipe_tunes_preferences_for(recipe: str, aim: str) -> None:
+    plan = read_plan(ROOT / "recipes" / recipe)
+    run = run_of(StageResult("3_ppo"), steps={step.name: {"values": step.values} for step in plan.steps})
+    assert run.aims_of(run.stages["3_ppo"])[0] == aim
 
 
 BITS, ACCURACY, WIN, PASS = "bits per byte", "instruction accuracy", "win rate", "pass@1"

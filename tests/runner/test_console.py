@@ -507,6 +507,20 @@ def test_few_rows_are_named_and_two_reward_models_are_not_compared() -> None:
     )
 
 
+def test_preference_tuning_shows_right_answers_if_the_grader_preferred_them() -> None:
+    Path("runs/r/evaluations").mkdir(parents=True)
+    for name, value in (("2_sft", 0.27), ("3_ppo", 0.54)):
+        Path(f"runs/r/evaluations/{name}.json").write_text(json.dumps({"metrics": {"pass@1": {"value": value}}}))
+    sft = Step("2_sft", "sft", (), Path("runs/r/2_sft"))
+    values = {"reward_funcs": ["reasoning_gym"]}
+    ppo = Step("3_ppo", "ppo", (), Path("runs/r/3_ppo"), values=values, needs=("2_sft",))
+    file = Path("runs/r/evaluations/3_ppo.json")
+    problems = {"problems": {"grade": "reasoning_gym"}}
+    evaluation = Step("evaluate_3_ppo", "evaluate", (), file.parent, (file,), values=problems)
+    state = RunState(Path("runs/r"), [sft, ppo, evaluation], [], {})
+    assert state.main_metric("3_ppo") == "pass@1 0.270 -> 0.540"
+
+
 def test_a_figure_is_shown_against_the_stage_before_that_has_it() -> None:
     Path("runs/r/evaluations").mkdir(parents=True)
     figures = {
