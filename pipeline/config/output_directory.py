@@ -73,12 +73,18 @@ def check_output_directory(arguments: Iterable[Any], machine_fields: Collection[
     if output_dir is None:
         return []
     path = Path(output_dir)
-    problems = check_links(path)[:1] or list(filter(None, [check_directory(path)]))
+    problems = check_links(path, inner=False)
+    if not problems:
+        problems += filter(None, [check_directory(path)])
     if problems:
         return problems
     values = to_record(items)
     remedy = _conflict_with_inputs(path.resolve(), values)
     if remedy is None:
+        # Only now, because this walks through the directory, and it could have been the root of the file system.
+        problems = check_links(path)
+        if problems:
+            return problems[:1]
         remedy = _conflict_with_record(path, values, machine_fields)
     if remedy is None:
         return []

@@ -128,7 +128,7 @@ def check_new_directory(path: Path, field: str) -> Problem | None:
 
     Arguments are as for `check_directory`.
     """
-    problem = next(iter(check_links(path, field=field)), None) or check_directory(path, field)
+    problem = next(iter(check_links(path, field=field, inner=False)), None) or check_directory(path, field)
     if problem is not None:
         return problem
     if path.is_dir() and any(path.iterdir()):

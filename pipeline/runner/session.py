@@ -144,13 +144,13 @@ def check_run(recipe: Recipe, options: RunOptions) -> CheckedRun:
 
 def _refuse_links(run_dir: Path, decisions: Decisions) -> None:
     """Raise a `UserError` if a link would make the runner, or a step that is due, write outside of the run."""
-    written = [run_dir / "logs"]
+    # What earlier commands moved to the trash is not written to.
+    paths = [run_dir / LOCK_FILE, run_dir / "run.json", run_dir / TRASH]
+    folders = [run_dir / "logs"]
     for step, decision in decisions:
         if decision.action != "skip":
-            written += [step.output, *step.leftovers]
-    # What earlier commands moved to the trash is not written to.
-    records = [run_dir / LOCK_FILE, run_dir / "run.json", run_dir / TRASH]
-    refuse(*check_links(*records, home=run_dir, inner=False), *check_links(*written, home=run_dir))
+            folders += [step.output, *step.leftovers]
+    refuse(*check_links(*paths, home=run_dir, inner=False), *check_links(*folders, home=run_dir))
 
 
 def _check_due_steps(due: Sequence[Step], plan: Plan, recipe: Recipe, options: RunOptions) -> list[Problem]:
