@@ -1,4 +1,4 @@
-"""README and the other pages: their Python runs, their commands are accepted, and the files that they name exist."""
+"""The pages: their Python runs, their commands and settings are accepted, and the files and metrics they name exist."""
 
 import ast
 import json
@@ -6,23 +6,29 @@ import re
 import shlex
 import sys
 from configparser import ConfigParser
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from pkgutil import resolve_name
+from typing import Any
 
 import pytest
 import torch
+import transformers
+import trl
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification
 
 from pipeline.__main__ import COMMANDS, build_parser, main
-from pipeline.config.fields import argument_types
-from pipeline.config.parser import parse
+from pipeline.config.fields import argument_types, field_types
+from pipeline.config.parser import check_values, parse
+from pipeline.config.yaml_file import read_yaml
 from pipeline.evaluation import harness
 from pipeline.evaluation.checks import check
-from pipeline.evaluation.evaluate_yaml import RunFacts, complete
+from pipeline.evaluation.evaluate_yaml import EvaluationArguments, RunFacts, Source, complete
+from pipeline.evaluation.metric_info import METRICS
 from pipeline.preferences.judges import load_judge
 from pipeline.rewards.loading import load_reward
 from pipeline.rewards.table import REWARDS
@@ -46,6 +52,16 @@ STAND_INS = {
     "…": "x.txt",
 }
 STAND_INS |= {"ADAPTER": "runs/x/2_sft", "DIR": "runs/x/merged", "--config FILE": "--config recipes/pocket/2_sft.yaml"}
+RECIPES = sorted(path.stem for path in ROOT.glob("recipes/[!_]*.py"))
+RECIPES_OF = {ROOT / "docs/ppo.md": ["ppo"], ROOT / "docs/grpo.md": ["grpo"]}
+"""Pages about one recipe; a setting on another page may be any recipe's, or one of evaluate.yaml."""
+OTHER_SETTINGS = {"field", "publish"}
+"""Names before a colon that are no settings: in CONTRIBUTING.md, and a key in the header of a data set's card."""
+OTHER_NAMES = {"openai/gsm8k", "broadcast_from_rank0", "fully_shard", "extra_special_tokens"}
+"""Names that look like metrics or names in the code, and are of the Hub, of torch, or of a model's files."""
+METRIC = re.compile(r"[a-z][a-z0-9_]*(/[a-z0-9_]+)+|\w+@\w+")
+"""What is written as a metric, such as `objective/kl` or `pass@1`; a path looks like one, too."""
+FOLDERS = re.compile(r"(data|docs|lessons|models|pipeline|recipes|runs|tests)/")
 CHECKED = re.compile(r"(python -m |accelerate launch |pip install |pytest|\.ci/run)")
 
 
@@ -154,6 +170,80 @@ def test_the_files_and_modules_that_a_page_names_exist(path: Path) -> None:
         assert (ROOT / name).exists(), name
     for name in (span for span in spans if re.fullmatch(r"(pipeline|recipes|tests)\.[\w.]+", span)):
         resolve_name(name)
+
+
+def rejections(page: Path, setting: dict[str, Any]) -> list[str]:
+    """Return what is wrong with a setting in each recipe that has it, or [] if it is accepted in one of them."""
+    (name,) = setting
+    if page not in RECIPES_OF and name in field_types(EvaluationArguments, Source):
+        return []
+    faults = [f"{name}: no such setting"]
+    for recipe in RECIPES_OF.get(page, RECIPES):
+        types = argument_types(import_module(f"recipes.{recipe}").main)
+        if name not in field_types(*types):
+            continue
+        # A setting may only have a meaning together with others, as some do with an adapter.
+        required = {"model_name_or_path": "runs/x/2_sft", "dataset_name": "runs/x/data", "output_dir": "runs/x/out"}
+        base = {field: value for field, value in required.items() if field in field_types(*types)}
+        if recipe in ("ppo", "grpo"):
+            base = read_yaml(str(next(ROOT.glob(f"recipes/pocket/*_{recipe}.yaml"))))
+        for adapter in ({}, {"use_peft": True}):
+            _, problems = check_values(base | adapter | setting, types)
+            if not problems:
+                return []
+            faults += map(str, problems)
+    return faults
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_the_settings_that_a_page_names_are_accepted(path: Path) -> None:
+    """A setting is written as in a YAML file: `kl_coef: 0.05`."""
+    wrong = []
+    for span in code_spans(path):
+        match = re.fullmatch(r"(\w+): \S.*", span)
+        if match and match[1] not in OTHER_SETTINGS:
+            wrong += rejections(path, yaml.safe_load(span))
+    assert wrong == []
+
+
+@cache
+def names_in_code() -> tuple[set[str], list[re.Pattern[str]]]:
+    """Return the names in the code, and patterns of those that it puts together, such as f"rewards/{name}/mean".
+
+    The code is the project's and that of the trainers which it extends. Names are identifiers and the content of
+    strings, without docstrings and comments: a metric is logged under a string.
+    """
+    libraries = [Path(trl.__file__).parent / "trainer", Path(transformers.__file__).parent]
+    paths = [*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("recipes/**/*.py"), *ROOT.glob("tests/benchmarks/**/*.py")]
+    paths += [*libraries[0].glob("*.py"), *libraries[1].glob("train*.py")]
+    names: set[str] = set()
+    patterns = []
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names |= {value for value in vars(node).values() if isinstance(value, str)}
+            if isinstance(node, ast.JoinedStr) and isinstance(node.values[0], ast.Constant):
+                parts = [
+                    re.escape(str(part.value)) if isinstance(part, ast.Constant) else r"\w+" for part in node.values
+                ]
+                if METRIC.fullmatch("".join(parts).replace(r"\w+", "x")):
+                    patterns.append(re.compile("".join(parts)))
+    return names, patterns
+
+
+def is_measured_or_logged(name: str) -> bool:
+    """Return whether a metric is in the table of metrics, or is logged by a trainer."""
+    names, patterns = names_in_code()
+    return name in METRICS or name in names or any(pattern.fullmatch(name) for pattern in patterns)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_the_metrics_columns_and_fields_that_a_page_names_exist(path: Path) -> None:
+    """`objective/kl` and `pass@1` are metrics; `frac_reward_zero_std` is a metric, a column, a field or a function."""
+    spans = {span for span in code_spans(path) if not FOLDERS.match(span)} - OTHER_NAMES
+    metrics = {span for span in spans if METRIC.fullmatch(span)}
+    assert {span for span in metrics if not is_measured_or_logged(span)} == set()
+    names = {span for span in spans if re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)+", span)}
+    assert names - METRICS.keys() - names_in_code()[0] == set()
 
 
 def test_the_settings_of_an_evaluation_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
