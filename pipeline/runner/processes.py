@@ -26,7 +26,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from io import BufferedRandom, BufferedWriter, TextIOWrapper
+from io import BufferedRandom, BufferedWriter, FileIO, TextIOWrapper
 from multiprocessing.connection import Connection, Pipe
 from multiprocessing.reduction import recv_handle, send_handle
 from pkgutil import resolve_name
@@ -309,6 +309,10 @@ def _become(module: str, arguments: list[str], environment: Mapping[str, str], d
     for source, target in zip(descriptors, (1, 2), strict=False):
         os.dup2(source, target)
         os.close(source)
+    # The warm process has the null device as stdout. Python remembers that one can seek in it, which a step's pipe or
+    # terminal refuses, for instance when it sets how errors are encoded.
+    raw = FileIO(1, "w", closefd=False)
+    sys.stdout = TextIOWrapper(raw, sys.stdout.encoding, sys.stdout.errors, write_through=True)
     os.environ.clear()
     os.environ.update(environment)
     gc.enable()

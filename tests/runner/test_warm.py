@@ -52,6 +52,16 @@ def step(warm: WarmProcess | None) -> Step:
     return step
 
 
+def test_a_step_can_write_to_a_pipe(warm: WarmProcess | None) -> None:
+    """`fourstage run --seeds 0 1 | tail`: the report over the seeds writes where the runner does."""
+    Path("stand_in.py").write_text("import sys; sys.stdout.reconfigure(errors='replace'); print('done')")
+    reader, writer = os.pipe()
+    with open(reader) as printed:
+        returned, _, _ = run_command([sys.executable, "-m", "stand_in"], os.environ, (), writer, warm)
+        os.close(writer)
+        assert (returned, printed.read()) == (0, "done\n")
+
+
 def is_forked(process: psutil.Process) -> bool:
     return "pipeline.runner.processes" in process.cmdline()
 
