@@ -53,6 +53,7 @@ def main(args: argparse.Namespace) -> int:
     # Everything is read, and every output path tested, before anything is written.
     targets = load_targets(args.targets)
     runs = load_runs(paths)
+    refuse(*_find_repeated(paths))
     refuse(*_find_links(directories, homes))
     for directory in directories:
         refuse(check_directory(directory, "--output_dir" if args.output_dir else "RUN"))
@@ -78,6 +79,16 @@ def _find_runs(folders: Sequence[Path], seeds: Sequence[str] | None) -> list[Pat
     if seeds:
         return [folder / f"seed{seed}" for folder in folders for seed in seeds]
     return [run for folder in folders for run in find_seeds(folder)]
+
+
+def _find_repeated(paths: Sequence[Path]) -> list[Problem]:
+    """Return a problem for each run that is named twice, perhaps through a link: it is one run, not two seeds."""
+    problems = []
+    for index, path in enumerate(paths):
+        same = next((earlier for earlier in paths[:index] if earlier.samefile(path)), None)
+        if same is not None:
+            problems.append(Problem("RUN", path, f"is the same directory as {same}; give one run for each seed"))
+    return problems
 
 
 def _find_links(directories: Sequence[Path], homes: Sequence[Path]) -> list[Problem]:
