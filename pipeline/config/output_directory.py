@@ -58,7 +58,8 @@ def recorded_template_kwargs(model: str) -> dict[str, Any]:
 def check_output_directory(arguments: Iterable[Any], machine_fields: Collection[str] = ()) -> list[Problem]:
     """Check, before anything is written, that the run may write to its output directory.
 
-    The directory must be writable, not be read by the run, not belong to another run, and not lead elsewhere by links.
+    The directory must be writable, not be read by the run, not be the folder of all stages (which has a run.json), not
+    belong to another run, and not lead elsewhere by links.
 
     Args:
         arguments: The run's argument dataclasses. Without `TrainingArguments` among them, nothing is checked.
@@ -80,6 +81,9 @@ def check_output_directory(arguments: Iterable[Any], machine_fields: Collection[
         return problems
     values = to_record(items)
     remedy = _conflict_with_inputs(path.resolve(), values)
+    # The report and the page would miss a model that lies next to the stages.
+    if remedy is None and (path / "run.json").exists():
+        remedy = f"is a run; name a folder in it, such as {path / 'NAME'}"
     if remedy is None:
         # Only now, because this walks through the directory, and it could have been the root of the file system.
         problems = check_links(path)

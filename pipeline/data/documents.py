@@ -36,6 +36,10 @@ SHORTEST = 256
 """Characters of a document below which the only file of a split is cut into fewer `PARTS`."""
 PART_BYTES = 4 << 20
 """Bytes up to which small files are joined in a stream."""
+BLANK = re.compile(r"[\s\u200b-\u200f\u2060\ufeff]*")
+"""White space, also without width."""
+NO_TEXT = "contains nothing but white space; give one with text"
+"""Remedy for a data set that is blank."""
 TO_UTF8 = "if it is text, convert it to UTF-8: `iconv -f WINDOWS-1252 -t UTF-8`, with the encoding that it has"
 """Remedy for a file that is not UTF-8."""
 ZERO_FIRST = re.compile(r"0\d")
@@ -144,6 +148,19 @@ def open_text(path: Path) -> Iterator[io.TextIOWrapper]:
         raise UserError(Problem("dataset_name", path, f"cannot be read ({error}); {advice}")) from None
 
 
+def is_blank(path: Path) -> bool:
+    """Return whether a file is empty, or has nothing but white space. One that cannot be read is not blank."""
+    try:
+        with open_bytes(path) as file, io.TextIOWrapper(file, "utf-8", errors="replace") as text:
+            # Most files end this loop after their first characters.
+            while part := text.read(1 << 16):
+                if not BLANK.fullmatch(part):
+                    return False
+    except (OSError, EOFError, zlib.error, lzma.LZMAError):
+        return False
+    return True
+
+
 def skipped_characters(path: Path) -> int:
     """Return the number of characters of the front matter of a file in Markdown, 0 without any."""
     if ".md" not in map(str.lower, path.suffixes):
@@ -157,7 +174,7 @@ def _documents(parts: list[list[str]], rule: str, longest: int) -> Iterator[dict
     """Yield the documents of files, except blank ones; `rule` as for `open_documents`, or "auto" for the default."""
     for file in chain.from_iterable(parts):
         for text in _cut(Path(file), rule, longest):
-            if text.strip():
+            if not BLANK.fullmatch(text):
                 yield {"text": text}
 
 

@@ -26,9 +26,11 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from pipeline.data.arguments import SPLITS
 from pipeline.data.columns import Split, Splits, column_names
 from pipeline.data.documents import (
+    NO_TEXT,
     TO_UTF8,
     choose_table,
     digest_of,
+    is_blank,
     open_bytes,
     open_documents,
     open_text,
@@ -255,6 +257,8 @@ def _list_files(path: Path) -> tuple[list[Path], list[Path]]:
             raise UserError(Problem("dataset_name", path, f"this type of file is not supported; {remedy}"))
         if path.stat().st_size == 0:
             return [], [path]
+        if is_blank(path):
+            raise UserError(Problem("dataset_name", path, NO_TEXT))
         return [path], []
     paths: list[Path] = []
     visited: set[str] = set()
@@ -279,8 +283,8 @@ def _list_files(path: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _has_rows(file: Path) -> bool:
-    """Return whether a file of a folder may have rows, by its size or the first lines of a table."""
-    if file.stat().st_size == 0:
+    """Return whether a file of a folder may have rows, by its first characters or the first lines of a table."""
+    if is_blank(file):
         # An empty file of JSON Lines stays in a folder, because each file of a stream has a number.
         return _suffix(file) in JSON_LINES
     if BUILDERS.get(_suffix(file)) != "csv":

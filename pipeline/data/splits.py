@@ -21,6 +21,7 @@ from pipeline.data.conversion import (
     convert_stream,
     drop_uninformative,
 )
+from pipeline.data.documents import BLANK, NO_TEXT
 from pipeline.data.messages import ShapeError
 from pipeline.data.shards import is_shards
 from pipeline.data.sources import UNREADABLE, locate_error, open_source
@@ -35,6 +36,8 @@ T = TypeVar("T", int, np.ndarray)
 
 FIRST_ROWS = 100
 """Rows that are checked before a run begins."""
+FIRST_DOCUMENTS = 1000
+"""Documents of a stream of which at least one must have text."""
 SMALL_BYTES = 16 * 2**20
 """Size of a data set up to which its whole files are read to check the first rows. Larger ones are streamed."""
 SHUFFLE_BUFFER = 1000
@@ -130,6 +133,8 @@ def _load_one(
         trained_on = _load_train_split(rows, numbers, plan, args, special_tokens)
         if evaluation:
             held_out = _load_test_split(source[args.dataset_test_split], plan, args, special_tokens)
+    if kind == "text":
+        _check_has_text(trained_on, args)
     _report_read(rows, numbers, plan, args, divides)
     return trained_on, held_out
 
@@ -352,6 +357,15 @@ def _check_filled(split: Split, args: DataArguments) -> None:
     """Raise a `UserError` if a split has no rows."""
     if next(iter(split), None) is None:
         raise UserError(Problem("dataset_name", place_of(split, args), "is empty; choose one that has rows"))
+
+
+def _check_has_text(documents: Split, args: DataArguments) -> None:
+    """Raise a `UserError` if documents have nothing but white space: all stored ones, or the first of a stream."""
+    if isinstance(documents, IterableDataset):
+        documents = documents.take(FIRST_DOCUMENTS)
+    # Mostly, the first document has text.
+    if all(BLANK.fullmatch(row["text"]) for row in documents):
+        raise UserError(Problem("dataset_name", place_of(documents, args), NO_TEXT))
 
 
 def _check_optional_columns(names: Sequence[str], trains: Sequence[Split], kind: Kind) -> None:

@@ -68,15 +68,28 @@ class Estimate:
         """Read what `to_json` returns.
 
         Raises:
-            ValueError: If the "value" is missing or not a finite number.
+            ValueError: If the "value" is missing or not a finite number, or another entry has another type.
         """
         content = entry if isinstance(entry, dict) else {}
         value = finite(content.get("value"))
         if value is None:
             raise ValueError('no number under "value"')
-        kinds = {kind: cls.from_json(inner) for kind, inner in content.get("by_kind", {}).items()}
-        low, high = content.get("ci95") or (None, None)
-        return cls(value, low, high, content.get("n"), kinds)
+        low = high = None
+        interval = content.get("ci95")
+        if interval:
+            ends: list[float | None] = []
+            if isinstance(interval, list | tuple):
+                ends = list(map(finite, interval))
+            if len(ends) != 2 or None in ends:
+                raise ValueError('no two numbers under "ci95"')
+            low, high = ends
+        n = content.get("n")
+        if n is not None and finite(n) is None:
+            raise ValueError('no number under "n"')
+        kinds = content.get("by_kind") or {}
+        if not isinstance(kinds, dict):
+            raise ValueError('no object under "by_kind"')
+        return cls(value, low, high, n, {kind: cls.from_json(inner) for kind, inner in kinds.items()})
 
 
 def finite(value: Any) -> float | None:

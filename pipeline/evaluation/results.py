@@ -1,16 +1,15 @@
 """What the evaluation of one stage measured and its training logged, and the evaluation's files."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, Self, TypedDict
 
 from pipeline.evaluation.intervals import Estimate, outcome_mean
 from pipeline.files import read_json, write_text
+from pipeline.files.json_types import with_right_types, wrong_type
 
 Outcomes = dict[str, tuple[float, float, str]]
 """Id of an example, followed by the hash of its content -> (value, weight, kind)."""
@@ -20,6 +19,96 @@ WRITTEN = (
     "settings",
 )  # fmt: skip
 """Fields of a `StageResult` that STAGE.json contains unchanged."""
+
+
+class Answer(TypedDict):
+    """An answer to a fixed prompt."""
+
+    prompt: str
+    answer: str
+
+
+class Trace(TypedDict):
+    """The answer to a problem, whose `reference` may be a number; `correct` is None if nobody can tell."""
+
+    kind: str
+    problem: str
+    reference: NotRequired[Any]
+    answer: str
+    correct: NotRequired[bool | None]
+
+
+Cut = TypedDict("Cut", {"answers": int, "cut off": NotRequired[int], "limit": int})
+"""How many answers there are, how many of them were cut off, and at how many tokens."""
+
+
+class RoutedText(TypedDict):
+    """The tokens of a document as text and, for each layer, the expert that took each of them."""
+
+    pieces: list[str]
+    chosen: list[list[int]]
+
+
+class Experts(TypedDict, total=False):
+    """The load of each expert relative to its fair share, by layer, and documents with their experts.
+
+    It is empty for a model without experts.
+    """
+
+    layers: list[list[float]]
+    documents: list[RoutedText]
+
+
+Overlap = TypedDict(
+    "Overlap", {"rows": int, "found": int, "trained_on": int, "n": int, "in": NotRequired[dict[str, int]]}
+)
+"""What `overlaps.find_overlaps` returns about one kind of data."""
+
+
+class Example(TypedDict):
+    """A line of STAGE.jsonl."""
+
+    metric: str
+    id: Any
+    kind: NotRequired[Any]
+    value: float
+    weight: NotRequired[float]
+    length: NotRequired[int]
+
+
+class Evaluation(TypedDict, total=False):
+    """STAGE.json."""
+
+    metrics: dict[str, Any]
+    answers: list[Answer]
+    traces: list[Trace]
+    texts: dict[str, dict[str, str]]
+    opponent: str
+    against: str
+    judge: str
+    left_out: list[str]
+    cut_off: dict[str, Cut]
+    experts: Experts
+    overlap: dict[str, Overlap]
+    settings: dict[str, Any]
+    seconds: float
+
+
+class TrainerState(TypedDict, total=False):
+    """The entries of trainer_state.json that the report reads."""
+
+    global_step: int
+    num_input_tokens_seen: float
+    total_flos: float
+    log_history: list[dict[str, Any]]
+
+
+class ModelConfig(TypedDict, total=False):
+    """The entries of config.json that the report computes with."""
+
+    num_local_experts: int
+    num_experts: int
+    num_experts_per_tok: int
 
 
 @dataclass
@@ -68,12 +157,12 @@ class StageResult:
     seed: int = 0
 
     @classmethod
-    def read(cls, path: Path, notes: list[str]) -> StageResult:
+    def read(cls, path: Path, notes: list[str]) -> Self:
         """Read STAGE.json, which is `path`, and STAGE.jsonl next to it. Without these files, the result is empty.
 
         What is damaged is skipped, and a line about it is appended to `notes`.
         """
-        content = read_json(path, notes)
+        content = with_right_types(read_json(path, notes), Evaluation, path, notes)
         result = cls(path.stem, seconds=content.get("seconds"))
         for name, entry in content.get("metrics", {}).items():
             try:
@@ -88,9 +177,16 @@ class StageResult:
         try:
             # Texts may contain other characters that `splitlines` treats as line ends.
             lines = examples.read_text(encoding="utf-8").split("\n")
-            result.examples = [json.loads(line) for line in lines if line]
+            rows = [json.loads(line) for line in lines if line]
         except ValueError as error:
             notes.append(f"{examples}: cannot be read ({error}); skipped")
+            return result
+        faults = (wrong_type(row, Example, f"row {number}") for number, row in enumerate(rows, 1))
+        fault = next(filter(None, faults), "")
+        if fault:
+            notes.append(f"{examples}: {fault}; skipped")
+        else:
+            result.examples = rows
         return result
 
     def write(self, folder: Path) -> Path:
@@ -161,7 +257,7 @@ class StageResult:
         """The logged records of training, oldest first."""
         return list(self.state.get("log_history", []))
 
-    def take_baselines(self) -> dict[str, StageResult]:
+    def take_baselines(self) -> "dict[str, StageResult]":
         """Move the metrics named `<baseline>/<metric>`, with their examples, to results of their own.
 
         Return the results by the name of the baseline: `elicited` has the metric `pass@1` of "elicited/pass@1".

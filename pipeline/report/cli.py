@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.errors import refuse
+from pipeline.errors import Problem, refuse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +52,7 @@ def main(args: argparse.Namespace) -> int:
     # Everything is read, and every output path tested, before anything is written.
     targets = load_targets(args.targets)
     runs = load_runs(paths)
+    refuse(*_find_repeated(paths))
     for directory, home in zip(directories, homes, strict=True):
         # The files in it are replaced, even if they are links.
         refuse(*check_links(directory, home=home, field="RUN", inner=False))
@@ -79,3 +80,13 @@ def _find_runs(folders: Sequence[Path], seeds: Sequence[str] | None) -> list[Pat
     if seeds:
         return [folder / f"seed{seed}" for folder in folders for seed in seeds]
     return [run for folder in folders for run in find_seeds(folder)]
+
+
+def _find_repeated(paths: Sequence[Path]) -> list[Problem]:
+    """Return a problem for each run that is named twice, perhaps through a link: it is one run, not two seeds."""
+    problems = []
+    for index, path in enumerate(paths):
+        same = next((earlier for earlier in paths[:index] if earlier.samefile(path)), None)
+        if same is not None:
+            problems.append(Problem("RUN", path, f"is the same directory as {same}; give one run for each seed"))
+    return problems

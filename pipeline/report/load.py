@@ -29,8 +29,9 @@ from pipeline.errors import Problem, UserError, as_typed, refuse
 from pipeline.evaluation.evaluate_yaml import BASE, VOTES
 from pipeline.evaluation.intervals import Estimate, outcome_mean
 from pipeline.evaluation.metric_info import metric_info
-from pipeline.evaluation.results import StageResult
-from pipeline.files import read_json, read_run, read_shapes
+from pipeline.evaluation.results import ModelConfig, StageResult, TrainerState
+from pipeline.files import STATE, read_json, read_run, read_shapes
+from pipeline.files.json_types import with_right_types
 from pipeline.preferences.aims import find_aims
 from pipeline.stages import STAGES, find_baseline, kind_in_name, stage_order
 from pipeline.stages.kinds import StageKind
@@ -408,8 +409,11 @@ def _load_stage(run: Run, name: str) -> StageResult:
     # Baselines are measured together with the stage that others are compared with, but the report lists them apart.
     run.baselines |= stage.take_baselines()
     # Until training ends, the log is only in checkpoints.
-    stage.state = read_json(folder / "trainer_state.json", run.notes) or newest_state(folder)
-    stage.config = read_json(folder / "config.json", run.notes)
+    state_file = folder / STATE
+    state = read_json(state_file, run.notes) or newest_state(folder)
+    stage.state = with_right_types(state, TrainerState, state_file, run.notes)
+    config_file = folder / "config.json"
+    stage.config = with_right_types(read_json(config_file, run.notes), ModelConfig, config_file, run.notes)
     stage.arguments = read_json(folder / "arguments.json", run.notes)
     # The file `4_grpo_dapo.yaml` may write `4_dapo`, whose name is not a kind of stage.
     if stage_kind(name) not in STAGES:

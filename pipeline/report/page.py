@@ -281,7 +281,7 @@ def experts(run: Run) -> dict[str, Any]:
         `names` of the experts; `rows`, the loads by stage and layer (1 is balanced); `stage`, the pretraining stage, ""
         if there is none; and `drawn`, the panels of each of its texts (`_expert_panels`).
     """
-    loads = {name: stage.experts["layers"] for name, stage in run.stages.items() if "expert_load" in stage.metrics}
+    loads = {name: stage.experts["layers"] for name, stage in run.stages.items() if "layers" in stage.experts}
     rows: list[dict[str, Any]] = []
     for name, layers in loads.items():
         for layer, shares in enumerate(layers, 1):
@@ -290,7 +290,7 @@ def experts(run: Run) -> dict[str, Any]:
     pretrained = next((name for name in loads if run.info(name).from_scratch), "")
     texts = []
     if pretrained:
-        texts = [_expert_panels(document) for document in run.stages[pretrained].experts["documents"]]
+        texts = [_expert_panels(document) for document in run.stages[pretrained].experts.get("documents", [])]
     count = max((len(row["shares"]) for row in rows), default=0)
     return {"names": [f"expert {i + 1}" for i in range(count)], "rows": rows, "stage": pretrained, "drawn": texts}
 
@@ -304,7 +304,9 @@ def _expert_panels(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     for layer, chosen in enumerate(document["chosen"], 1):
         # Neighbouring tokens that went to the same expert are shown as one piece of text.
         pieces = []
-        for expert, tokens in groupby(zip(chosen, document["pieces"], strict=True), key=lambda token: token[0]):
+        # In a damaged file, they may be of different lengths.
+        tokens_with_expert = zip(chosen, document["pieces"], strict=False)
+        for expert, tokens in groupby(tokens_with_expert, key=lambda token: token[0]):
             pieces.append({"expert": expert, "text": "".join(text for _, text in tokens)})
         panels.append({"layer": layer, "runs": pieces})
     return panels

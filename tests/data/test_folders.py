@@ -67,6 +67,16 @@ def test_a_document_is_a_file_in_any_folder_and_other_files_are_named(
     assert "only `text` is read" in caplog.text
 
 
+def test_a_file_of_white_space_in_a_folder_is_named_as_not_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    blank = {"b__txt": " \n" * 99, "c__md": "\u200b\n", "d__txt__gz": gzip.compress(b"\n")}
+    folder = lay(tmp_path / "poems", a__txt=POEM, e__txt=POEM, **blank)
+    caplog.set_level("INFO", "pipeline")
+    assert texts(folder) == [POEM] * 2
+    assert "not read, because they are not data, or empty: b.txt, c.md, d.txt.gz" in caplog.text
+
+
 def test_long_files_and_single_ones_are_cut_at_blank_lines_or_line_ends(tmp_path: Path) -> None:
     verse, prose, line = POEM * 30, "A line of prose.\n" * 900, "word " * 3000 + "文" * 9000
     folder = lay(tmp_path / "several", a__txt=verse, b__txt=prose, c__txt=line, d__txt=POEM)

@@ -421,9 +421,20 @@ CASES |= {
     "bytes that are no text": data("sft", b"\0" * 1000, "a.jsonl"),
     "latin-1": data("sft", '{"messages": "\xe9"}\n'.encode("latin-1") * 5, "line 1", "not valid JSON"),
     "latin-1 text": data("pretrain", "caf\xe9 ".encode("latin-1") * 2000, "cannot be read", file="a.txt"),
-    "blank lines": data("sft", "\n\n", "a.jsonl", "cannot be read"),
+    "blank lines": data("sft", "\n\n", "a.jsonl", "nothing but white space"),
     "numbers as rows": data("sft", "1\n2\n", "a.jsonl", "line 1", "must be an object"),
     "cut gzip": data("sft", b"\x1f\x8b\x08\x00\x00", "a.jsonl.gz", "cannot be read", file="a.jsonl.gz"),
+    "white space": data("pretrain", " \n\t\n" * 2000, "a.txt", "nothing but white space", file="a.txt"),
+    "white space in a stream": data(
+        "pretrain", "\n" * 2000, "a.txt", "nothing but white space", file="a.txt", more="--dataset_streaming"
+    ),
+    "white space without width": data(
+        "pretrain", "\u200b\ufeff\n".encode() * 2000, "a.txt", "nothing but white space", file="a.txt"
+    ),
+    "rows of white space": data("pretrain", rows(*[{"text": " \n "}] * 100), "a.jsonl", "nothing but white space"),
+    "rows of white space in a stream": data(
+        "pretrain", rows(*[{"text": " \n "}] * 100), "a.jsonl", "nothing but white space", more="--dataset_streaming"
+    ),
     "a table with a header only": data("pretrain", "text\n", "a.csv", "does not have rows", file="a.csv"),
     "mixed columns": data("sft", rows(GOOD, {"text": "a"}), "row 1", "None, not a list of messages"),
     "an empty question": data("sft", rows(talk("user: ", "assistant:b")), "row 0", "empty message of the user"),

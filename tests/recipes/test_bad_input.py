@@ -223,6 +223,19 @@ def test_all_arguments_that_are_wrong_are_reported_at_once_and_then_all_inputs(
     assert sorted(line.split(":")[0] for line in lines) == ["lora_target_modules", "max_length", "messages_column"]
 
 
+@pytest.mark.parametrize("recipe", ["pretrain", "sft", "reward", "dpo", "kto", "ppo", "grpo"])
+def test_a_model_is_not_written_into_the_folder_of_a_run(
+    recipe: str, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is for the folders of all stages: `--output_dir runs/pocket` instead of `runs/pocket/2_sft`."""
+    folder = tmp_path / "pocket"
+    folder.mkdir()
+    (folder / "run.json").write_text("{}")
+    (line,) = refuse(recipe, command(recipe, inputs, folder), capsys)
+    assert line == f"output_dir: {folder}: is a run; name a folder in it, such as {folder}/NAME"
+    assert [path.name for path in folder.iterdir()] == ["run.json"]
+
+
 def test_a_full_disk_is_reported_before_training(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -400,8 +400,10 @@ def test_a_place_that_cannot_be_written_to_is_refused(
 ) -> None:
     (tmp_path / "file").write_text("")
     below_a_file = tmp_path / "file" / "more"
+    runs = [short_run]
+    if several:
+        runs.append(shutil.copytree(short_run, tmp_path / "other"))
     for place, expected in ((below_a_file, "is not a directory"), (Path("/proc/report"), "no permission")):
-        runs = [short_run, short_run] if several else [short_run]
         (line,) = refused(capsys, "report", *runs, "--output_dir", place).splitlines()
         assert line.startswith(f"--output_dir: {place}: ") and expected in line
 

@@ -96,6 +96,24 @@ def test_a_seed_that_was_not_run_is_refused(seeds: Path, capsys: pytest.CaptureF
     assert line.startswith(f"RUN: {seeds / 'seed7'}: no such directory")
 
 
+@pytest.mark.parametrize("command", ["report", "compare"])
+@pytest.mark.parametrize("again", ["seed0", "../pocket/seed0", "link"])
+def test_a_run_that_is_named_twice_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, again: str
+) -> None:
+    """It was reported as two seeds, with an interval over them."""
+    folder = tmp_path / "pocket"
+    run = write_run(folder / "seed0", 0, UNTIL_SFT)
+    (folder / "link").symlink_to(run)
+    words = [command, run, folder / again]
+    if command == "compare":
+        words += ["--against", write_run(tmp_path / "other", 0, UNTIL_SFT)]
+    (line,) = refused(capsys, *words).splitlines()
+    assert str(folder / again) in line and str(run) in line
+    assert "one run for each seed" in line
+    assert not list(tmp_path.rglob("report"))
+
+
 def test_runs_that_stopped_at_different_stages(whole_run: Path, short_run: Path, tmp_path: Path) -> None:
     assert report(whole_run, short_run, "--output_dir", tmp_path) == 0
     entry = read_metrics(tmp_path)["stages"]["4_grpo"]["pass@1"]
