@@ -97,11 +97,15 @@ class RunStopped(Exception):
 
 def as_typed(*words: object) -> str:
     """Return a command as the user types it: with `fourstage`, `./fourstage` or `python -m pipeline`."""
-    # The script `fourstage` of a clone says how it was called.
-    start = [os.environ.get("FOURSTAGE_COMMAND", "fourstage")]
     if Path(sys.argv[0]).parts[-2:] == ("pipeline", "__main__.py"):
-        start = ["python", "-m", "pipeline"]
-    return shlex.join([*start, *map(str, words)])
+        return shlex.join(["python", "-m", "pipeline", *map(str, words)])
+    # The script `fourstage` of a clone says how it was called, and reads the name of its environment from a variable.
+    script = os.environ.get("FOURSTAGE_COMMAND")
+    venv = os.environ.get("FOURSTAGE_VENV")
+    command = shlex.join([script or "fourstage", *map(str, words)])
+    if script and venv:
+        return f"FOURSTAGE_VENV={shlex.quote(venv)} {command}"
+    return command
 
 
 @contextmanager

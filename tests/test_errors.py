@@ -33,9 +33,12 @@ def test_an_end_for_a_known_reason_is_a_message_and_an_exit_code(
 def test_commands_in_messages_are_called_as_the_user_calls_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["/a/.venv/bin/fourstage", "run"])
     monkeypatch.delenv("FOURSTAGE_COMMAND", raising=False)
+    monkeypatch.delenv("FOURSTAGE_VENV", raising=False)
     assert as_typed("chat", "runs/a b") == "fourstage chat 'runs/a b'"
     monkeypatch.setenv("FOURSTAGE_COMMAND", "./fourstage")
     assert as_typed("chat", "runs/a b") == "./fourstage chat 'runs/a b'"
+    monkeypatch.setenv("FOURSTAGE_VENV", "my venv")
+    assert as_typed("chat", "runs/a b") == "FOURSTAGE_VENV='my venv' ./fourstage chat 'runs/a b'"
 
 
 def test_a_message_sends_no_codes_to_the_terminal() -> None:

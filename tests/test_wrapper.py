@@ -22,6 +22,10 @@ SETTINGS = "[options]\ninstall_requires =\n    torch\n\n[tool:pytest]\ntestpaths
 PYTHON = r"""#!/bin/sh
 # A Python of version $VERSION, without `ensurepip` if $WITHOUT_VENV is set.
 here=$(cd "$(dirname "$0")" && pwd)
+if [ -n "$PYTHONHOME" ]; then
+    echo "ModuleNotFoundError: No module named 'encodings'" >&2
+    exit 1
+fi
 minor=${VERSION#3.}
 case "$*" in
     *sys.exit*) [ "$minor" -ge 11 ] ;;
@@ -38,6 +42,9 @@ case "$*" in
         # Half of an installation; the tests stop it here, or let it go on.
         touch "$here/../half"
         if [ -n "$SLEEP" ]; then sleep "$SLEEP"; fi
+        if [ "$PIP_USER" = 1 ]; then
+            PIP_SAYS="ERROR: Can not perform a '--user' install. User site-packages are not visible in this virtualenv."
+        fi
         if [ -n "$PIP_SAYS" ]; then
             echo "$PIP_SAYS"
             exit 1
@@ -67,6 +74,8 @@ class Checkout:
         (self.root / "setup.cfg").write_text(SETTINGS)
         # What is typed, if it is not the whole path.
         self.command = ""
+        # The whole path as a shell reads it: it has a space.
+        self.quoted = shlex.quote(str(self.wrapper))
         self.venv = self.root / ".venv"
         self.calls = folder / "calls"
         self.calls.touch()
@@ -197,7 +206,7 @@ def test_ctrl_c_stops_the_installation_and_says_how_to_resume(checkout: Checkout
     os.killpg(process.pid, signal.SIGINT)
     messages = process.communicate(timeout=120)[1]
     assert process.returncode == 130
-    assert messages.splitlines()[-1] == f"fourstage: stopped; to install: {checkout.wrapper} run pocket"
+    assert messages.splitlines()[-1] == f"fourstage: stopped; to install: {checkout.quoted} run pocket"
     assert checkout.call("status")[0] == 7
 
 
@@ -235,7 +244,54 @@ def test_a_python_that_does_not_do_is_one_line(
     python = checkout.add_python("python3", version, without_venv)
     code, output, messages = checkout.call("run", "pocket")
     assert (code, output) == (2, "")
-    assert messages == f"fourstage: {expected.format(python)}{checkout.wrapper} run pocket\n"
+    assert messages == f"fourstage: {expected.format(python)}{checkout.quoted} run pocket\n"
+
+
+def test_an_environment_of_an_older_python_is_named_with_the_remedy(checkout: Checkout) -> None:
+    """Editors make .venv with the Python that they find."""
+    older = checkout.add_python("python3.9", "3.9")
+    subprocess.run([older, "-m", "venv", checkout.venv], check=True)
+    files = sorted(checkout.venv.rglob("*"))
+    code, output, messages = checkout.call("run", "pocket")
+    assert (code, output) == (2, "")
+    assert messages == (
+        f"fourstage: {checkout.venv}: is an environment of Python 3.9, and 3.11 or newer is needed: remove that folder"
+        f", then {checkout.quoted} run pocket; or name another one: FOURSTAGE_VENV=DIR {checkout.quoted} run pocket\n"
+    )
+    assert sorted(checkout.venv.rglob("*")) == files and checkout.installed() == []
+
+
+def test_a_suggested_command_can_be_pasted(checkout: Checkout, tmp_path: Path) -> None:
+    """Its words are quoted, and it names the same environment."""
+    checkout.add_python("python3", "3.9")
+    words = ["run", "my recipe", "it's", "", "a;b", "--seed=1"]
+    messages = checkout.call(*words, FOURSTAGE_VENV="its venv")[2]
+    suggested = shlex.split(messages.rpartition(", then ")[2])
+    assert suggested == ["FOURSTAGE_VENV=its venv", str(checkout.wrapper), *words]
+    shell = ["sh", "-c", messages.rpartition(", then ")[2]]
+    checkout.add_python("python3", "3.12")
+    result = subprocess.run(shell, cwd=tmp_path, env=checkout.environment, capture_output=True, text=True)
+    assert result.returncode == 7 and result.stdout.endswith(f": {' '.join(words)}\n")
+    assert (tmp_path / "its venv" / "fourstage-made").exists()
+
+
+def test_a_link_to_an_environment_that_is_gone_is_named(checkout: Checkout, tmp_path: Path) -> None:
+    checkout.venv.symlink_to(tmp_path / "gone")
+    code, output, messages = checkout.call("run", "pocket")
+    assert (code, output) == (2, "")
+    assert messages == (
+        f"fourstage: {checkout.venv}: is a link to {tmp_path / 'gone'}, which does not exist: remove the link, or make "
+        f"that folder, then {checkout.quoted} run pocket\n"
+    )
+    (tmp_path / "gone").mkdir()
+    assert checkout.call("run", "pocket")[0] == 7
+
+
+@pytest.mark.parametrize("variables", [{"PYTHONHOME": "/opt/another"}, {"PIP_USER": "1"}])
+def test_variables_for_other_pythons_do_not_matter(checkout: Checkout, variables: dict[str, str]) -> None:
+    for _ in range(2):
+        code, output, messages = checkout.call("run", "pocket", **variables)
+        assert code == 7 and output.endswith("run pocket\n"), messages
 
 
 @pytest.mark.parametrize(
