@@ -18,6 +18,7 @@ import ast
 import contextlib
 import difflib
 import importlib
+import inspect
 import re
 import shlex
 import sys
@@ -32,7 +33,7 @@ from importlib.util import resolve_name as resolve_relative
 from pathlib import Path
 from pkgutil import resolve_name
 from textwrap import shorten
-from types import FrameType, ModuleType
+from types import ModuleType
 from typing import Any
 
 from pipeline.errors import Problem, RunStopped, UserError
@@ -127,7 +128,7 @@ class _WorkingDirectoryFinder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if path is not None or (fullname not in self.names and _importer(sys._getframe(1)) not in self.names):
+        if path is not None or (fullname not in self.names and _importer() not in self.names):
             return None
         spec = PathFinder.find_spec(fullname, [self.directory])
         if spec is not None:
@@ -135,13 +136,16 @@ class _WorkingDirectoryFinder(MetaPathFinder):
         return spec
 
 
-def _importer(frame: FrameType | None) -> str:
-    """Return the top-level module whose code imports something, given the frame in which a finder is called."""
-    name = "importlib"
-    while frame is not None and name == "importlib":
-        name = str(frame.f_globals.get("__name__")).partition(".")[0]
+def _importer() -> str:
+    """Return the top-level module whose code is importing another module, called while a finder is asked for that."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__"))
+        package = name.partition(".")[0]
+        if name != __name__ and package != "importlib":
+            return package
         frame = frame.f_back
-    return name
+    return ""
 
 
 def _search_working_directory(module_name: str) -> None:

@@ -97,8 +97,7 @@ def write_gguf(
     file = folder.with_suffix(".gguf")
     with pytest.MonkeyPatch.context() as patch:
         # The converter knows only the tokenizers of famous models.
-        patch.setattr(gguf, "is_trained_here", lambda words: True)
-        patch.setattr(gguf, "PRE_TOKENIZER", pre)
+        patch.setattr(gguf, "find_pre_tokenizer", lambda words: pre)
         assert main(["gguf", str(folder), str(file), "--outtype", outtype]) == 0
     return file
 
