@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,7 +18,7 @@ from pipeline.preferences.people import load_votes
 from pipeline.training.entry import run as run_recipe
 from pipeline.training.reliable import STATE
 from tests.helpers.fake_run import UNTIL_SFT, write_run
-from tests.helpers.files import write_rows
+from tests.helpers.files import link, write_rows
 from tests.helpers.refusals import refused
 from tests.helpers.small_model import recipe_command, save_model, save_tokenizer, write_conversations
 
@@ -74,15 +73,6 @@ def contents(home: Path) -> dict[str, bytes | None]:
     """Return the content of what must not change, by path: bytes of a file, None of a folder."""
     paths = [home / "victim", home / "missing", *(home / "outside").rglob("*")]
     return {str(path): path.read_bytes() if path.is_file() else None for path in paths if path.exists()}
-
-
-def link(path: Path, target: Path) -> None:
-    """Put a link in place of a file or folder of the run."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)
-    path.symlink_to(os.path.relpath(target, path.parent))
 
 
 def ends_well(capsys: pytest.CaptureFixture[str], command: Callable[[], Any], name: str) -> None:

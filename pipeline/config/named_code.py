@@ -118,21 +118,23 @@ class _WorkingDirectoryFinder(MetaPathFinder):
 
     Attributes:
         directory: The working directory when the first module was named.
-        names: Top-level modules that may be found: those that the user named, and those that were found.
+        named: Top-level modules that the user named. They may turn out to be installed.
+        found: Top-level modules that were found in the directory.
     """
 
     def __init__(self, directory: str) -> None:
         self.directory = directory
-        self.names: set[str] = set()
+        self.named: set[str] = set()
+        self.found: set[str] = set()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if path is not None or (fullname not in self.names and _importer() not in self.names):
+        if path is not None or (fullname not in self.named and _importer() not in self.found):
             return None
         spec = PathFinder.find_spec(fullname, [self.directory])
         if spec is not None:
-            self.names.add(fullname)
+            self.found.add(fullname)
         return spec
 
 
@@ -158,7 +160,7 @@ def _search_working_directory(module_name: str) -> None:
         if finder is None:
             finder = _WorkingDirectoryFinder(directory)
             sys.meta_path.append(finder)
-        finder.names.add(module_name.partition(".")[0])
+        finder.named.add(module_name.partition(".")[0])
 
 
 @contextlib.contextmanager

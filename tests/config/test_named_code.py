@@ -67,6 +67,16 @@ def test_modules_that_a_library_tries_are_not_found(folder: Path) -> None:
     assert find("my_library:load")("my_unused")
 
 
+def test_what_a_library_tries_is_not_found_even_if_the_user_named_a_function_of_the_library(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = tmp_path_factory.mktemp("site")
+    (library / "my_library.py").write_text("def load(name):\n    return __import__(name)\n")
+    monkeypatch.syspath_prepend(library)
+    with pytest.raises(ModuleNotFoundError):
+        find("my_library:load")("my_unused")
+
+
 def test_an_installed_module_comes_before_one_of_the_working_directory(folder: Path) -> None:
     (folder / "colorsys.py").write_text("def rgb_to_hls(): ...")
     assert find("colorsys:rgb_to_hls").__module__ == "colorsys"

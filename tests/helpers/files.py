@@ -3,6 +3,8 @@
 import csv
 import gzip
 import json
+import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -34,3 +36,12 @@ def write_rows(path: str | Path, rows: Iterable[Any]) -> str:
     else:
         path.write_text("".join(lines))
     return str(path)
+
+
+def link(path: Path, target: Path) -> None:
+    """Put a link in place of a file or folder, relative as in a run that was downloaded."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    path.symlink_to(os.path.relpath(target, path.parent))

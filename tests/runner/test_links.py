@@ -6,20 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.files import link
 from tests.runner.conftest import ALL, Runner, configure, identities, times
 
 WRITTEN = [
     "run.json", "run.lock", "logs", "logs/2_sft.log", "logs/2_sft.progress", ".trash", "2_sft", "2_sft/ran.txt",
     "2_sft/checkpoint-2", "data", "3_reward/inner/file",
 ]  # fmt: skip
-
-
-def link(path: Path, target: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)
-    path.symlink_to(os.path.relpath(target, path.parent))
 
 
 @pytest.fixture(params=["victim", "outside", "missing"])
